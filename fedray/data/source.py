@@ -1,0 +1,174 @@
+"""From --dataset, or what a Python caller hands in, to checked shards and test data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedray.config import RunConfig
+from fedray.data import digits, toy
+from fedray.data.partition import dirichlet_alpha, split
+from fedray.data.shards import Array, CutShards, Shards, as_arrays
+from fedray.errors import InputError
+from fedray.gateway import Gateway
+from fedray.streams import numpy_generator
+from fedray.user_code import call, find_function, is_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """The data of a run.
+
+    Args:
+        shards: One a gateway; checked already unless `lazy`.
+        test: Public held-out `(x, y)`, or None.
+        nominal_records: The public shard size that q = B / nominal uses.
+        example: A few records `(x, y)` to try the model on.
+        num_classes: 1 + the largest label seen so far.
+        lazy: Whether shards are loaded and checked where gateways train.
+        disjoint: Whether fedray itself cut the shards, so that no record is in two of them.
+    """
+
+    shards: Shards
+    test: tuple[Array, Array] | None
+    nominal_records: int
+    example: tuple[Array, Array]
+    num_classes: int
+    lazy: bool
+    disjoint: bool
+
+
+def from_config(config: RunConfig, key: bytes) -> Federation:
+    """Load --dataset and partition it.
+
+    Args:
+        config: Names data set, partition and gateways.
+        key: The setup key, for the partition.
+
+    Raises:
+        InputError: The data breaks a rule.
+    """
+    alpha = dirichlet_alpha(config.partition)
+    if config.dataset == "toy":
+        records = config.samples_per_gateway or toy.DEFAULT_RECORDS
+        shards, test = toy.ToyShards(config.gateways, records, alpha), toy.held_out()
+        return Federation(
+            shards=shards,
+            test=test,
+            nominal_records=records,
+            example=test,
+            num_classes=toy.NUM_CLASSES,
+            lazy=False,
+            disjoint=True,
+        )
+    if config.dataset == "digits":
+        if config.samples_per_gateway is not None:
+            raise InputError(
+                f"--samples-per-gateway is {config.samples_per_gateway} with --dataset digits; it applies to toy and to "
+                "lazily loaded shards: leave it out."
+            )
+        train, test = digits.load()
+        return _cut(config, train, test, alpha, key)
+    if not is_reference(config.dataset):
+        raise InputError(f"--dataset is {config.dataset!r}; it must be toy, digits or module:function.")
+    name = f"--dataset {config.dataset}"
+    result = call(find_function(config.dataset, "--dataset"), config.dataset, "--dataset", config.gateways)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise InputError(f"{name} returned {type(result).__name__}; it must return (train, test).")
+    train, test = result
+    test_arrays = as_arrays(test, f"{name}: test")
+    if _is_pair_of_arrays(train):
+        return _cut(config, as_arrays(train, f"{name}: train"), test_arrays, alpha, key)
+    if config.partition != "iid":
+        raise InputError(
+            f"--partition is {config.partition!r} but {name} returns shards that are already cut; leave it out."
+        )
+    return from_shards(config, train, test_arrays, f"{name}: train")
+
+
+def from_shards(
+    config: RunConfig, shards: Any, test: tuple[Array, Array] | None, where: str, class_labels: bool = True
+) -> Federation:
+    """Take shards that the user cut: a list is checked now, any other sequence where its items are needed.
+
+    Raises:
+        InputError: Wrong number or kind of shards, a bad record, or lazy shards without --samples-per-gateway.
+    """
+    if not hasattr(shards, "__len__") or not hasattr(shards, "__getitem__"):
+        raise InputError(f"{where} is {type(shards).__name__}; it must be (x, y) or a sequence of such pairs.")
+    if len(shards) != config.gateways:
+        raise InputError(
+            f"{where} has {len(shards)} shards for --gateways {config.gateways}; they must be equally many."
+        )
+    deferred = isinstance(shards, list | tuple) and any(isinstance(s, Gateway) and callable(s.data) for s in shards)
+    lazy = deferred or not isinstance(shards, list | tuple)
+    if lazy and config.samples_per_gateway is None:
+        raise InputError(
+            f"{where} is loaded lazily, so its size is not known; give the public nominal shard size with "
+            "--samples-per-gateway."
+        )
+    if lazy:
+        example = test if test is not None else as_arrays(shards[0], f"{where}, shard 0", class_labels)
+        return Federation(
+            shards=shards,
+            test=test,
+            nominal_records=int(config.samples_per_gateway or 0),
+            example=example,
+            num_classes=_num_classes([example[1]], class_labels),
+            lazy=True,
+            disjoint=False,
+        )
+    pairs = [as_arrays(pair, _name(pair, where, i), class_labels) for i, pair in enumerate(shards)]
+    total = sum(len(y) for _, y in pairs)
+    labels = [y for _, y in pairs] + ([] if test is None else [test[1]])
+    return Federation(
+        shards=pairs,
+        test=test,
+        nominal_records=config.samples_per_gateway or total // len(pairs),
+        example=test if test is not None else pairs[0],
+        num_classes=_num_classes(labels, class_labels),
+        lazy=False,
+        disjoint=False,
+    )
+
+
+def _cut(
+    config: RunConfig, train: tuple[Array, Array], test: tuple[Array, Array], alpha: float | None, key: bytes
+) -> Federation:
+    if config.samples_per_gateway is not None:
+        raise InputError(
+            f"--samples-per-gateway is {config.samples_per_gateway} but fedray cuts the shards of this data set; "
+            "leave it out: the nominal size is training records / gateways."
+        )
+    x, y = train
+    indices = split(y, config.gateways, alpha, numpy_generator(key, "partition"))
+    taken = np.concatenate(indices)
+    assert len(taken) == len(y) == len(np.unique(taken)), "shards must be disjoint and cover the data"
+    return Federation(
+        shards=CutShards(x, y, indices),
+        test=test,
+        nominal_records=len(y) // config.gateways,
+        example=test,
+        num_classes=_num_classes([y, test[1]], True),
+        lazy=False,
+        disjoint=True,
+    )
+
+
+def _is_pair_of_arrays(train: Any) -> bool:
+    return (
+        isinstance(train, tuple | list)
+        and len(train) == 2
+        and all(hasattr(part, "shape") and hasattr(part, "dtype") for part in train)
+    )
+
+
+def _num_classes(labels: Sequence[Array], class_labels: bool) -> int:
+    return max(int(y.max()) for y in labels) + 1 if class_labels else 0
+
+
+def _name(pair: Any, where: str, index: int) -> str:
+    return f"gateway {pair.name}" if isinstance(pair, Gateway) else f"{where}, shard {index}"

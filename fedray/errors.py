@@ -1,0 +1,49 @@
+"""Errors that fedray shows to its users; one sentence each: what, value, rule, remedy.
+
+Every error survives pickling, because it may cross from an actor to the driver.
+"""
+
+from __future__ import annotations
+
+
+class FedrayError(Exception):
+    """Base of every error that fedray raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(FedrayError):
+    """The user's input (flag, file, data or model) breaks a rule; nothing was started."""
+
+    exit_code = 2
+
+
+class RunFailedError(FedrayError):
+    """A run that had started could not go on."""
+
+
+class GatewayError(RunFailedError):
+    """The user's code or data failed inside gateways during a round.
+
+    Args:
+        message: One sentence naming gateways, round and cause.
+        details: The original traceback, shown once.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message, details)
+        self.message = message
+        self.details = details
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class BudgetExhaustedError(FedrayError):
+    """The next round would pass --max-epsilon; it was refused before it ran."""
+
+    exit_code = 0
+
+
+class DamagedRunError(InputError):
+    """A file of a run directory is missing, damaged or does not belong to it."""

@@ -1,0 +1,67 @@
+"""Accuracy and loss of parameters on public held-out data."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray.models import Loss
+from fedray.params import Layout
+
+_CHUNK = 4096  # records in one forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Accuracy in [0, 1] and mean loss; None where there is nothing to measure."""
+
+    accuracy: float | None
+    loss: float | None
+
+
+class Evaluation:
+    """Scores parameters on held-out data in a model of its own.
+
+    Args:
+        model: Copied, in evaluation mode.
+        test: `(x, y)` tensors, or None.
+        loss: Maps (output, target) to one value a record.
+        class_labels: Whether accuracy has a meaning.
+        device: Where.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        test: tuple[torch.Tensor, torch.Tensor] | None,
+        loss: Loss,
+        class_labels: bool,
+        device: torch.device,
+    ) -> None:
+        self._model = copy.deepcopy(model).to(device).eval()
+        self._layout = Layout.of(self._model)
+        self._test = None if test is None else (test[0].to(device), test[1].to(device))
+        self._loss = loss
+        self._class_labels = class_labels
+
+    @torch.no_grad()
+    def score(self, params: npt.NDArray[np.float32]) -> Score:
+        """Return accuracy and loss of `params` `[P]`; a diverged model's loss is None (JSON has no infinity)."""
+        if self._test is None:
+            return Score(accuracy=None, loss=None)
+        self._layout.load(self._model, params)
+        x, y = self._test
+        total, correct = 0.0, 0
+        for start in range(0, len(y), _CHUNK):
+            output = self._model(x[start : start + _CHUNK])
+            target = y[start : start + _CHUNK]
+            total += float(self._loss(output, target).double().sum())
+            correct += int((output.argmax(dim=-1) == target).sum()) if self._class_labels else 0
+        loss = total / len(y)
+        return Score(
+            accuracy=correct / len(y) if self._class_labels else None, loss=loss if np.isfinite(loss) else None
+        )

@@ -1,0 +1,201 @@
+"""Reference models, a user's own, and the checks that a model must pass before it may train privately."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedray.errors import InputError
+from fedray.params import Layout
+from fedray.user_code import call, find_function, is_reference
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def mlp(record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Return a perceptron with one hidden layer of 32 units."""
+    num_features = 1
+    for size in record_shape:
+        num_features *= size
+    return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+def cnn(record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Return a small convolutional network with group normalisation, for images `[channels, height, width]`.
+
+    Raises:
+        InputError: The records are no images of at least 4×4 pixels.
+    """
+    if len(record_shape) != 3 or min(record_shape[1:]) < 4:
+        raise InputError(
+            f"--model cnn needs images of shape (channels, height, width) of at least 4×4, the data has {record_shape}; "
+            "use --model mlp or your own."
+        )
+    channels, height, width = record_shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.GroupNorm(4, 32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * (height // 4) * (width // 4), num_classes),
+    )
+
+
+def build(name: str, record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build --model (under the caller's seeded generators).
+
+    Raises:
+        InputError: Unknown name, or the user's function fails or returns no module.
+    """
+    if name == "mlp":
+        return mlp(record_shape, num_classes)
+    if name == "cnn":
+        return cnn(record_shape, num_classes)
+    if not is_reference(name):
+        raise InputError(f"--model is {name!r}; it must be mlp, cnn or module:function.")
+    return from_function(find_function(name, "--model"), name)
+
+
+def from_function(function: Callable[[], Any], name: str) -> nn.Module:
+    """Call a user's model function and check what it returns.
+
+    Raises:
+        InputError: It raised, or returned no torch module.
+    """
+    model = call(function, name, "--model")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--model {name} returned {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each record, `[n]`, from scores `[n, K]` and class indices `[n]`."""
+    return nn.functional.cross_entropy(output, target, reduction="none")
+
+
+def fix(model: nn.Module) -> nn.Module:
+    """Replace what Opacus' ModuleValidator can replace (BatchNorm by GroupNorm, LSTM by DPLSTM, …)."""
+    from opacus.validators import ModuleValidator  # slow import, needed here alone
+
+    return ModuleValidator.fix(model)  # type: ignore[no-any-return]  # opacus is untyped
+
+
+def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:
+    """Check that a model can train privately and fits the data.
+
+    Args:
+        model: Stays unchanged.
+        x: `[n, …]`, a few records (n ≥ 1).
+        y: `[n]`, their targets.
+        loss: The user's loss; None for cross-entropy.
+
+    Returns:
+        The number of outputs, or None when the user brought a loss.
+
+    Raises:
+        InputError: Records are coupled, buffers change in a forward pass, the forward fails, or outputs do not fit.
+    """
+    Layout.of(model)
+    model = copy.deepcopy(model).train()
+    _refuse_coupling_types(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # Three copies of one record would hide a coupling through the mean; noise on top makes records differ.
+    x = x[:3] if len(x) >= 3 else torch.cat([x, x, x])[:3]
+    y = y[:3] if len(y) >= 3 else torch.cat([y, y, y])[:3]
+    try:
+        together, outputs = _leaf_outputs(model, x)
+        alone, _ = _leaf_outputs(model, x[:1])
+    except Exception as error:  # the user's forward may raise anything
+        raise InputError(
+            f"--model: the forward pass on records of shape {tuple(x.shape[1:])} raised {type(error).__name__}: {error}; "
+            "the model must accept a batch of the data's records."
+        ) from error
+    for name, buffer in model.named_buffers():
+        if not torch.equal(before[name], buffer):
+            raise InputError(
+                f"--model: buffer {name} changes during a forward pass; buffers do not travel and are not private: "
+                "remove it, or try --fix-model."
+            )
+    _refuse_coupled_outputs(model, together, alone)
+    return _check_outputs(outputs, y, loss)
+
+
+def _refuse_coupling_types(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"--model: {name or 'the model'} is {type(module).__name__}, which couples the records of a batch and keeps "
+                "their statistics; use GroupNorm or LayerNorm, or --fix-model to have it replaced."
+            )
+
+
+def _leaf_outputs(model: nn.Module, x: torch.Tensor) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                seen.append((name, output.detach()))
+
+        return hook
+
+    draws = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    for module in draws:
+        module.eval()  # other draws for other batch sizes are no coupling
+    handles = [
+        module.register_forward_hook(note(f"{name or 'the model'} ({type(module).__name__})"))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            output = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"it returned {type(output).__name__}, not a tensor")
+    seen.append((type(model).__name__, output.detach()))
+    return seen, output
+
+
+def _refuse_coupled_outputs(
+    model: nn.Module, together: list[tuple[str, torch.Tensor]], alone: list[tuple[str, torch.Tensor]]
+) -> None:
+    for (name, batch), (_, single) in zip(together, alone, strict=False):
+        if batch.dim() == 0 or len(batch) != 3 or len(single) != 1:
+            continue  # not a per-record value (positions, masks)
+        if not torch.allclose(batch[:1], single, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise InputError(
+                f"--model: the output of {name} for a record depends on the other records of its batch; per-record privacy "
+                "needs independent records: replace it, or try --fix-model."
+            )
+
+
+def _check_outputs(outputs: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:
+    if loss is not None:
+        try:
+            values = loss(outputs, y)
+        except Exception as error:  # the user's loss may raise anything
+            raise InputError(
+                f"loss raised {type(error).__name__}: {error}; it must map (output, target) to [n]."
+            ) from error
+        if not isinstance(values, torch.Tensor) or values.shape != (len(y),) or not values.is_floating_point():
+            shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise InputError(f"loss returned {shape} for {len(y)} records; it must return one value a record.")
+        return None
+    if outputs.dim() != 2 or len(outputs) != len(y) or not outputs.is_floating_point():
+        raise InputError(
+            f"--model: outputs have shape {tuple(outputs.shape)} for {len(y)} records; they must be scores "
+            "[records, classes] in float32."
+        )
+    return int(outputs.shape[1])

@@ -1,0 +1,248 @@
+"""From settings, data and model to everything a run needs: checked, before any actor starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedray import models
+from fedray.config import RunConfig
+from fedray.data import source
+from fedray.data.shards import RecordRules, as_arrays
+from fedray.data.source import Federation
+from fedray.errors import InputError
+from fedray.params import Layout
+from fedray.pool.pool import Pool
+from fedray.pool.worker import WorkerSetup
+from fedray.privacy import accounting
+from fedray.privacy.accounting import Charges
+from fedray.privacy.levels import level_of
+from fedray.privacy.spec import PrivacySpec
+from fedray.streams import forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.training.trainer import LocalTraining
+
+_HIGH_EPSILON = 20.0
+_HIGH_NOISE_TO_SIGNAL = 10.0
+_HINTED_EPSILONS = (1.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is fixed before the first round.
+
+    Args:
+        config: With a resolved noise multiplier.
+        root_key: Yields all other keys.
+        spec: The public privacy constants.
+        federation: The data.
+        model: With its initial state.
+        layout: Of its trainable parameters.
+        training: How gateways train.
+        class_labels: Whether targets are class indices.
+        setup: What each actor gets.
+    """
+
+    config: RunConfig
+    root_key: bytes
+    spec: PrivacySpec
+    federation: Federation
+    model: torch.nn.Module
+    layout: Layout
+    training: LocalTraining
+    class_labels: bool
+    setup: WorkerSetup
+
+    @property
+    def charges(self) -> Charges:
+        """What the whole planned run will be charged."""
+        return Charges(steps=self.config.rounds * self.config.local_steps, rounds=self.config.rounds)
+
+    def test_tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the held-out data as tensors."""
+        test = self.federation.test
+        return None if test is None else (torch.from_numpy(test[0].copy()), torch.from_numpy(test[1].copy()))
+
+    def constants(self) -> dict[str, Any]:
+        """Return the public constants that decide what a round computes, for the digest of its inputs."""
+        return {
+            **self.spec.__dict__,
+            "optimizer": self.training.optimizer,
+            "lr": self.training.lr,
+            "layout": self.layout.digest,
+            "engine": self.setup.engine,
+        }
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know before training; may take seconds when it has to calibrate."""
+        level = level_of(self.spec)
+        if not level.is_private:
+            return []
+        found = []
+        epsilon = accounting.first_epsilon(self.spec, self.charges)
+        claim = level.claims(self.spec)[0]
+        if epsilon > _HIGH_EPSILON:
+            found.append(
+                f"the planned run ends at epsilon {epsilon:.0f} per {claim.unit} ({claim.adjacency}); above "
+                f"{_HIGH_EPSILON:g} the promise is weak."
+            )
+        ratio = level.noise_to_signal(self.spec, self.layout.num_params)
+        if ratio > _HIGH_NOISE_TO_SIGNAL:
+            found.append(
+                f"the noise is {ratio:.0f} times as long as the largest signal it hides; expect to learn little: use a "
+                "smaller model, larger batches (sample) or more gateways (gateway)."
+            )
+        if found:
+            sigmas = accounting.noise_multipliers_for(self.spec, self.charges, _HINTED_EPSILONS)
+            hints = ", ".join(f"{sigma:.3g} for epsilon {epsilon:g}" for epsilon, sigma in sigmas.items())
+            found.append(f"--noise-multiplier would have to be {hints}.")
+        return found
+
+    def new_pool(self) -> Pool:
+        """Return the pool of --pool, not yet started."""
+        config = self.config
+        if config.pool == "inline":
+            from fedray.pool.inline_pool import InlinePool  # so that a Ray run does not import it, and the reverse
+
+            return InlinePool(self.setup, config.gateways, config.gateways_per_actor, config.device)
+        from fedray.pool.ray_pool import RayPool
+
+        return RayPool(self.setup, config.gateways, config.gateways_per_actor, config.device, config.ray_address)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserParts:
+    """What a Python caller hands in instead of --dataset and --model; None where a flag speaks.
+
+    Args:
+        shards: A sequence of `Gateway` or `(x, y)`, one a gateway.
+        test: `(x, y)` or None.
+        model: Returns a torch module.
+        loss: Maps (output, target) to one value a record.
+    """
+
+    shards: Any = None
+    test: Any = None
+    model: Callable[[], Any] | None = None
+    loss: models.Loss | None = None
+
+
+def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) -> Plan:
+    """Load data, build the model, check both, and calibrate the noise.
+
+    Args:
+        config: The settings.
+        parts: What the caller brought.
+        root_key: None for a new one.
+
+    Raises:
+        InputError: Anything in settings, data or model breaks a rule.
+    """
+    root_key = new_root_key(config.seed) if root_key is None else root_key
+    key = setup_key(root_key)
+    if parts.shards is None:
+        federation = source.from_config(config, key)
+    else:
+        labels = parts.loss is None
+        test = None if parts.test is None else as_arrays(parts.test, "test", labels)
+        federation = source.from_shards(config, parts.shards, test, "gateways", labels)
+    if config.batch_size > federation.nominal_records:
+        raise InputError(
+            f"--batch-size is {config.batch_size} but the nominal shard size is {federation.nominal_records} records "
+            f"(q would be {config.batch_size / federation.nominal_records:.3g} > 1); lower it, or use fewer gateways."
+        )
+    model, rules = _model(config, parts, federation, key)
+    spec = _calibrated(
+        PrivacySpec(
+            noise_level=config.noise_level,
+            noise_multiplier=config.noise_multiplier if config.noise_multiplier is not None else 1.0,
+            clip_norm=config.clip_norm,
+            delta=config.delta,
+            batch_size=config.batch_size,
+            sample_rate=config.batch_size / federation.nominal_records,
+            local_steps=config.local_steps,
+            expected_cohort=float(config.gateways),
+            weights=config.weights,
+        ),
+        config,
+    )
+    if level_of(spec).is_private:
+        config = config.resolve(noise_multiplier=spec.noise_multiplier, target_epsilon=None)
+    training = LocalTraining(
+        privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
+    )
+    setup = WorkerSetup(model=model, training=training, shards=federation.shards, rules=rules, engine="opacus")
+    return Plan(
+        config=config,
+        root_key=root_key,
+        spec=spec,
+        federation=federation,
+        model=model,
+        layout=Layout.of(model),
+        training=training,
+        class_labels=parts.loss is None,
+        setup=setup,
+    )
+
+
+def _model(
+    config: RunConfig, parts: UserParts, federation: Federation, key: bytes
+) -> tuple[torch.nn.Module, RecordRules]:
+    x, y = (torch.from_numpy(part[:3].copy()) for part in federation.example)
+    record_shape = tuple(x.shape[1:])
+    with forked_global_rng(torch_seed(key, "model")):
+        if parts.model is not None:
+            model = models.from_function(parts.model, getattr(parts.model, "__name__", "model"))
+        else:
+            model = models.build(config.model, record_shape, federation.num_classes)
+        if config.fix_model:
+            model = models.fix(model)
+        num_outputs = models.check(model, x, y, parts.loss)
+    rules = RecordRules(record_shape=record_shape, integer=not x.is_floating_point(), num_classes=num_outputs)
+    if not federation.lazy and config.dataset != "toy":
+        for index in range(len(federation.shards)):
+            rules.check(*_pair(federation, index), f"shard {index}")
+    if federation.test is not None:
+        rules.check(*federation.test, "test data")
+    return model, rules
+
+
+def _pair(federation: Federation, index: int) -> tuple[Any, Any]:
+    x, y = federation.shards[index]
+    return np.asarray(x), np.asarray(y)
+
+
+def _calibrated(spec: PrivacySpec, config: RunConfig) -> PrivacySpec:
+    from dataclasses import replace
+
+    charges = Charges(steps=config.rounds * config.local_steps, rounds=config.rounds)
+    if config.target_epsilon is not None:
+        try:
+            spec = replace(spec, noise_multiplier=accounting.calibrate(spec, charges, config.target_epsilon))
+        except ValueError as error:
+            raise InputError(
+                f"--target-epsilon is {config.target_epsilon:g} but {error}; raise it, or plan fewer rounds or steps."
+            ) from error
+    if config.max_epsilon is not None:
+        first = accounting.first_epsilon(spec, Charges(steps=config.local_steps, rounds=1))
+        if first > config.max_epsilon:
+            raise InputError(
+                f"--max-epsilon is {config.max_epsilon:g} but round 1 alone costs {first:.4g}; raise it, or raise "
+                "--noise-multiplier."
+            )
+    return spec
+
+
+def new_run_path(config: RunConfig) -> Path:
+    """Return --out, or runs/<UTC time>-<level>."""
+    from datetime import UTC, datetime
+
+    if config.out is not None:
+        return config.out
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{config.noise_level}"
+    candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{number}" for number in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())

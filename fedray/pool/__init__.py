@@ -1,0 +1,1 @@
+"""Where gateways run: in Ray actors or in this process, under one law."""

@@ -1,0 +1,76 @@
+"""All gateways in this process: the same law as in Ray actors, with breakpoints and plain stack traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray.pool.placement import groups_of
+from fedray.pool.pool import PoolInfo, members
+from fedray.pool.worker import GroupResult, Worker, WorkerSetup, resolve_device
+from fedray.streams import RoundKeys
+
+
+class InlinePool:
+    """Trains one group after the other on one thread.
+
+    Args:
+        setup: See `WorkerSetup`.
+        gateways: How many.
+        gateways_per_actor: "auto" (all in one group) or a number.
+        device: --device.
+    """
+
+    def __init__(self, setup: WorkerSetup, gateways: int, gateways_per_actor: int | str, device: str) -> None:
+        size = gateways_per_actor if isinstance(gateways_per_actor, int) else gateways
+        self._groups = groups_of(gateways, -(-gateways // size))
+        self._setup = setup
+        self._device = resolve_device(device)
+        self._worker: Worker | None = None
+
+    def describe(self) -> str:
+        """See `Pool.describe`."""
+        return f"this process, {self._device.type}, 1 thread, one gateway group after the other"
+
+    def start(self) -> PoolInfo:
+        """Build the worker."""
+        with _one_thread():
+            self._worker = Worker(self._setup, self._device)
+        return PoolInfo(
+            summary=self.describe(),
+            groups=self._groups,
+            device=self._device.type,
+        )
+
+    def load(self) -> None:
+        """Load and check all shards."""
+        for group in self._groups:
+            self._started().load(group)
+
+    def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> Sequence[GroupResult]:
+        """See `Pool.train`."""
+        with _one_thread():
+            return [self._started().train(keys, params, ids) for _, ids in members(self._groups, cohort)]
+
+    def close(self) -> None:
+        """Drop the worker."""
+        self._worker = None
+
+    def _started(self) -> Worker:
+        assert self._worker is not None, "start() comes first"
+        return self._worker
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # As in an actor: sums must not depend on the number of threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,197 @@
+"""From charged events to epsilon: dp-accounting's PLD, or the closed form where nothing is subsampled.
+
+dp-accounting takes 1.3 s to import, so it is imported where it is first needed; callers keep that off the round's path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any
+
+from fedray.privacy.levels import Adjacency, Claim, Event, Unit, level_of
+from fedray.privacy.spec import PrivacySpec
+
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charges:
+    """What the ledger has charged to the most charged gateway.
+
+    Args:
+        steps: Started local steps.
+        rounds: Started attempts at rounds.
+    """
+
+    steps: int
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """One line of the privacy card: unit, adjacency, observer, (epsilon, delta), mechanism and accountant."""
+
+    unit: Unit
+    adjacency: Adjacency
+    observer: str
+    epsilon: float
+    delta: float
+    mechanism: str
+    accountant: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, as privacy.json holds them."""
+        return asdict(self)
+
+
+def gaussian_delta(epsilon: float, mu: float) -> float:
+    """Return delta(epsilon) of a mu-GDP mechanism, exactly (Balle and Wang 2018; Dong et al. 2019)."""
+    first = _NORMAL.cdf(-epsilon / mu + mu / 2)
+    # e^eps · Phi(-z) in the log domain: for large eps the factors overflow and underflow on their own.
+    log_second = epsilon + _log_cdf(-epsilon / mu - mu / 2)
+    return first - math.exp(min(log_second, 0.0))
+
+
+def _log_cdf(z: float) -> float:
+    if z > -30:
+        return math.log(max(math.erfc(-z / math.sqrt(2)) / 2, 5e-324))
+    return -z * z / 2 - math.log(-z) - math.log(2 * math.pi) / 2 + math.log1p(-1 / z**2 + 3 / z**4)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the smallest epsilon of a mu-GDP mechanism at delta, by bisection over the exact delta(epsilon).
+
+    Edge cases:
+        mu = 0 (nothing was released) gives 0.
+    """
+    if mu == 0 or gaussian_delta(0.0, mu) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while gaussian_delta(high, mu) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * max(1.0, high):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(middle, mu) > delta else (low, middle)
+    return high
+
+
+def epsilon_of(event: Event, count: int, delta: float) -> float:
+    """Return epsilon after `count` events.
+
+    Edge cases:
+        No event gives 0. A rate of 1 uses the closed form, for which a PLD would take seconds.
+    """
+    if count == 0:
+        return 0.0
+    if event.rate >= 1.0:
+        return gaussian_epsilon(math.sqrt(count) / event.noise_multiplier, delta)
+    return float(_one_step_loss(event.noise_multiplier, event.rate).self_compose(count).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=64)
+def _one_step_loss(noise_multiplier: float, rate: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution  # 1.3 s: only runs that subsample pay for it
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=rate, value_discretization_interval=_grid(noise_multiplier, rate)
+    )
+
+
+def _grid(noise_multiplier: float, rate: float) -> float:
+    """Return the grid of a PLD: a twentieth of one step's standard deviation, at most 1e-3.
+
+    The connect-the-dots estimate is pessimistic on any grid; this one keeps its error below 0.1 % and is up to ten times
+    faster than the library's default for typical settings, and closer for small rates.
+    """
+    spread = rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 50.0)))
+    return float(min(1e-3, max(spread / 20, 1e-5)))
+
+
+def accountant_of(event: Event) -> str:
+    """Name the accountant that `epsilon_of` uses for an event."""
+    if event.rate >= 1.0:
+        return "closed form of Gaussian differential privacy"
+    return "privacy loss distribution (dp-accounting, connect the dots, pessimistic)"
+
+
+def count_of(claim: Claim, charges: Charges) -> int:
+    """Return how many of the claim's events the charges hold."""
+    return charges.steps if claim.event.per == "step" else charges.rounds
+
+
+def guarantees(spec: PrivacySpec, charges: Charges) -> tuple[Guarantee, ...]:
+    """Return what holds after these charges, the level's first guarantee first; nothing for level `none`."""
+    return tuple(
+        Guarantee(
+            unit=claim.unit,
+            adjacency=claim.adjacency,
+            observer=claim.observer,
+            epsilon=epsilon_of(claim.event, count_of(claim, charges), spec.delta),
+            delta=spec.delta,
+            mechanism=claim.mechanism,
+            accountant=accountant_of(claim.event),
+        )
+        for claim in level_of(spec).claims(spec)
+    )
+
+
+def epsilon_by_unit(spec: PrivacySpec, charges: Charges) -> dict[Unit, float]:
+    """Return epsilon per unit, under the first adjacency that the level lists for it."""
+    first: dict[Unit, Claim] = {}
+    for claim in level_of(spec).claims(spec):
+        first.setdefault(claim.unit, claim)
+    return {unit: epsilon_of(claim.event, count_of(claim, charges), spec.delta) for unit, claim in first.items()}
+
+
+def first_epsilon(spec: PrivacySpec, charges: Charges) -> float:
+    """Return epsilon of the level's first guarantee, which budgets and targets mean."""
+    claim = level_of(spec).claims(spec)[0]
+    return epsilon_of(claim.event, count_of(claim, charges), spec.delta)
+
+
+def calibrate(spec: PrivacySpec, charges: Charges, target_epsilon: float, tolerance: float = 1e-4) -> float:
+    """Return the smallest noise multiplier whose first guarantee is at most `target_epsilon`.
+
+    Args:
+        spec: Its own noise multiplier is ignored.
+        charges: The whole planned run.
+        target_epsilon: Positive.
+        tolerance: Relative; the result is at most this much larger than needed, never smaller.
+
+    Raises:
+        ValueError: Even sigma = 1e6 is not enough.
+    """
+
+    def fits(sigma: float) -> bool:
+        return first_epsilon(replace(spec, noise_multiplier=sigma), charges) <= target_epsilon
+
+    low, high = 0.2, 1.0
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise ValueError("no noise multiplier up to 1e6 reaches the target")
+    while low > 1e-3 and fits(low):
+        low, high = low / 2, low
+    while high / low > 1 + tolerance:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def affordable_rounds(spec: PrivacySpec, max_epsilon: float, rounds: int) -> int:
+    """Return how many of the planned rounds fit into the budget of the first guarantee (bisection; 0 when none)."""
+    low, high = 0, rounds + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        charges = Charges(steps=middle * spec.local_steps, rounds=middle)
+        low, high = (middle, high) if first_epsilon(spec, charges) <= max_epsilon else (low, middle)
+    return low
+
+
+def noise_multipliers_for(spec: PrivacySpec, charges: Charges, epsilons: Sequence[float]) -> dict[float, float]:
+    """Return, to 1 %, the noise multiplier that reaches each epsilon of the first guarantee."""
+    return {epsilon: calibrate(spec, charges, epsilon, tolerance=0.01) for epsilon in epsilons}

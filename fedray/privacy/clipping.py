@@ -1,0 +1,64 @@
+"""Clipping to an L2 ball, and what happens to values that are not finite.
+
+factor = min(1, C·(1 − 1e-6)/norm): the margin keeps the float32 result inside the ball of radius C·(1 + 1e-5).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_MARGIN = 1e-6
+
+
+def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Return the factors that bring vectors of these norms into the ball of radius C (Abadi et al. 2016, Algorithm 1).
+
+    Args:
+        norms: L2 norms, any shape, float32.
+        clip_norm: C > 0.
+
+    Returns:
+        Factors in [0, 1], the shape of `norms`.
+
+    Guarantee:
+        ‖factor · v‖ ≤ C·(1 + 1e-5) for every v with this norm, so a released sum moves by at most C when one vector is
+        added or removed.
+
+    Edge cases:
+        A zero norm gives factor 1. A norm that is NaN or infinite gives factor 0: whoever multiplies must select the
+        vector out as well (0 · NaN is NaN), see `select_finite`.
+    """
+    factors = (clip_norm * (1.0 - _MARGIN) / norms).clamp_(max=1.0)
+    return torch.where(torch.isfinite(norms), factors, 0.0)
+
+
+def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Return `values` with the rows of non-finite norm replaced by zeros.
+
+    Args:
+        values: `[n, …]`, one vector a row.
+        norms: `[n]`.
+    """
+    keep = torch.isfinite(norms).view(-1, *([1] * (values.dim() - 1)))
+    return torch.where(keep, values, 0.0)
+
+
+def clip_rows(rows: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Clip each row of a matrix to L2 norm C; a row whose norm is not finite becomes zero.
+
+    Args:
+        rows: `[n, P]` float32.
+        clip_norm: C > 0.
+
+    Returns:
+        `[n, P]`, each row of norm at most C·(1 + 1e-5).
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return select_finite(rows, norms) * clip_factors(norms, clip_norm).unsqueeze(1)
+
+
+def clip_update(update: npt.NDArray[np.float32], clip_norm: float) -> npt.NDArray[np.float32]:
+    """Clip one gateway's update `[P]` to L2 norm C; a non-finite update becomes zero."""
+    return clip_rows(torch.from_numpy(update).unsqueeze(0), clip_norm)[0].numpy()

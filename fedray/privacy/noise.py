@@ -1,0 +1,55 @@
+"""Gaussian noise of the private levels, keyed so that no two releases ever share it unless their inputs are equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedray.privacy.spec import PrivacySpec
+from fedray.streams import RoundKeys, Stream, derive_key, fill_normals
+
+_LOCAL = "local noise"
+_AGGREGATE = "aggregate noise"
+
+
+class LocalNoise:
+    """The noise of a group of gateways in one round: N(0, sigma²C²) a coordinate, independent over gateways and steps.
+
+    Args:
+        spec: Gives sigma·C.
+        keys: The round's key and attempt.
+        gateways: Ids, one row of noise each.
+    """
+
+    def __init__(self, spec: PrivacySpec, keys: RoundKeys, gateways: Sequence[int]) -> None:
+        self._std = spec.noise_std
+        self._streams = [keys.stream(_LOCAL, gateway) for gateway in gateways]
+
+    def fill(self, step: int, out: npt.NDArray[np.float32], first: int = 0) -> None:
+        """Overwrite `out` `[G, P]` with the step's noise of the G gateways from row `first` of the group on."""
+        fill_normals(self._streams[first : first + len(out)], step, out, self._std)
+
+
+def aggregate_noise(
+    spec: PrivacySpec, keys: RoundKeys, arrived: Sequence[tuple[int, int]], num_params: int
+) -> npt.NDArray[np.float32]:
+    """Return the one noise vector of a `gateway` round: N(0, sigma²C²) a coordinate.
+
+    Args:
+        spec: Gives sigma·C.
+        keys: The round's key and attempt.
+        arrived: Ranges of the gateways whose updates are in the sum; another set has other noise.
+        num_params: P.
+
+    Guarantee:
+        Added once to a sum of updates clipped to C, it makes the round mu = 1/sigma GDP for leaving one gateway out.
+    """
+    label = hashlib.sha256(repr([tuple(pair) for pair in arrived]).encode()).hexdigest()
+    key = derive_key(keys.key(_AGGREGATE, 0), label)
+    out = np.empty((1, num_params), np.float32)
+    fill_normals([Stream(key)], 0, out, spec.noise_std)
+    row: npt.NDArray[np.float32] = out[0]
+    return row

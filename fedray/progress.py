@@ -1,0 +1,126 @@
+"""What the terminal shows: a panel at the start, a line or a live table while it runs, sentences at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+_SHOWN_ROUNDS = 20  # rows of the live table
+
+
+class Progress(Protocol):
+    """Told what happens; shows it or not."""
+
+    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+        """The run is about to train."""
+        ...
+
+    def round(self, record: dict[str, Any], rounds: int) -> None:
+        """A round is done."""
+        ...
+
+    def finish(self, sentences: Sequence[str]) -> None:
+        """The run is over."""
+        ...
+
+
+class Silent:
+    """Shows nothing; what the Python entry uses unless it is told otherwise."""
+
+    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+        """Show nothing."""
+
+    def round(self, record: dict[str, Any], rounds: int) -> None:
+        """Show nothing."""
+
+    def finish(self, sentences: Sequence[str]) -> None:
+        """Show nothing."""
+
+
+class Terminal:
+    """Shows a run on standard output: live on a terminal, plain lines elsewhere.
+
+    Args:
+        quiet: Show the closing sentences only.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._live: Live | None = None
+        self._records: list[dict[str, Any]] = []
+
+    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+        """Show the plan and its warnings."""
+        if self._quiet:
+            return
+        if self._console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            for name, value in rows:
+                table.add_row(f"[bold]{name}[/bold]", value)
+            self._console.print(Panel(table, title=title, title_align="left"))
+        else:
+            print(title)
+            for name, value in rows:
+                print(f"  {name}: {value}")
+        for warning in warnings:
+            self._console.print(f"warning: {warning}", style="yellow", markup=False)
+        sys.stdout.flush()
+
+    def round(self, record: dict[str, Any], rounds: int) -> None:
+        """Show a finished round."""
+        if self._quiet:
+            return
+        if not self._console.is_terminal:
+            print(_line(record, rounds), flush=True)
+            return
+        self._records.append(record)
+        if self._live is None:
+            self._live = Live(console=self._console, refresh_per_second=8, transient=False)
+            self._live.start()
+        self._live.update(_table(self._records[-_SHOWN_ROUNDS:], rounds))
+
+    def finish(self, sentences: Sequence[str]) -> None:
+        """Show the closing sentences."""
+        self.close()
+        for sentence in sentences:
+            self._console.print(sentence, markup=False)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, on an error as well."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _cells(record: dict[str, Any]) -> list[tuple[str, str]]:
+    cells = []
+    if record["accuracy"] is not None:
+        cells.append(("accuracy", f"{record['accuracy']:.4f}"))
+    if record["loss"] is not None:
+        cells.append(("loss", f"{record['loss']:.4f}"))
+    cells += [(f"epsilon/{unit}", f"{value:.3f}") for unit, value in record["epsilon"].items()]
+    cells.append(("seconds", f"{record['seconds']['total']:.2f}"))
+    cells.append(("samples/s", f"{record['samples_per_s']:,.0f}"))
+    return cells
+
+
+def _line(record: dict[str, Any], rounds: int) -> str:
+    return f"round {record['round']}/{rounds}  " + "  ".join(f"{name} {value}" for name, value in _cells(record))
+
+
+def _table(records: Sequence[dict[str, Any]], rounds: int) -> Table:
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("round", justify="right")
+    for name, _ in _cells(records[-1]):
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(f"{record['round']}/{rounds}", *[value for _, value in _cells(record)])
+    return table

@@ -1,0 +1,142 @@
+"""What a run directory says about the run: config.json, the privacy card, and the card in plain words."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from fedray.config import RunConfig
+from fedray.privacy.accounting import Charges, Guarantee
+from fedray.privacy.levels import level_of
+from fedray.privacy.spec import PrivacySpec
+
+_PACKAGES = ("fedray", "torch", "numpy", "opacus", "dp-accounting", "ray", "cryptography", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def config_card(config: RunConfig) -> dict[str, Any]:
+    """Return the content of config.json."""
+    machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
+    return {"config": config.as_dict(), "versions": versions(), "machine": machine}
+
+
+def not_covered(spec: PrivacySpec, disjoint: bool) -> list[str]:
+    """Return what no guarantee of the run covers, in plain words."""
+    lines = [
+        "other runs on the same records, and settings that were tuned on private data",
+        "whoever holds the root key or the memory of the driver or an actor (the simulator's driver holds them all); "
+        "an unfinished run directory holds the round key",
+        "the partition of the data (neighbours are defined after it; Dirichlet partitions read labels) and errors found "
+        "while data are checked",
+        "timings and failures that depend on data",
+        "floating-point attacks (Mironov 2012): the noise is float32",
+        "the computational security of AES, on which the noise rests",
+    ]
+    if level_of(spec).local == "record":
+        lines.append("a gateway as a whole, or a person who has several records")
+    if not disjoint:
+        lines.append("records that several gateways hold: shards are assumed to be disjoint")
+    if level_of(spec).central_noise:
+        lines.append("the orchestrator itself: it sees updates before noise is added")
+    if spec.weights == "records":
+        lines.append("the number of records of each gateway: weights reveal it")
+    return lines
+
+
+def privacy_card(
+    config: RunConfig,
+    spec: PrivacySpec,
+    charges: Charges,
+    guarantees: Sequence[Guarantee],
+    *,
+    disjoint: bool,
+    rounds: int,
+    digests: dict[str, str],
+) -> dict[str, Any]:
+    """Return the content of privacy.json.
+
+    Args:
+        config: The run's settings.
+        spec: The public constants.
+        charges: What the ledger charged to the most charged gateway.
+        guarantees: What holds after them.
+        disjoint: Whether fedray cut the shards itself.
+        rounds: Finished rounds.
+        digests: Of the files that the card speaks of.
+    """
+    seeded = config.seed is not None
+    return {
+        "noise_level": spec.noise_level,
+        "noise_multiplier": spec.noise_multiplier if level_of(spec).is_private else None,
+        "clip_norm": spec.clip_norm if level_of(spec).is_private else None,
+        "sample_rate": spec.sample_rate,
+        "batch_size": spec.batch_size,
+        "local_steps": spec.local_steps,
+        "rounds": rounds,
+        "steps": charges.steps,
+        "delta": spec.delta,
+        "guarantees": [guarantee.as_dict() for guarantee in guarantees],
+        "rng": {
+            "noise": "AES-256-CTR keystream, float32 normals by Box-Muller, radius from 64-bit words",
+            "root_key": "from --seed: simulation only, the noise is predictable" if seeded else "operating system",
+            "simulation_only": seeded,
+        },
+        "treated_as_public": [
+            "number of gateways",
+            "nominal shard size (training records / gateways, or --samples-per-gateway)",
+            "batch size, sample rate and number of steps",
+            "model, initial parameters and the held-out data",
+        ],
+        "not_covered": not_covered(spec, disjoint),
+        "versions": versions(),
+        "digests": digests,
+    }
+
+
+def sentence(guarantee: Guarantee) -> str:
+    """Return a guarantee in words that need no background in privacy."""
+    change = {
+        ("record", "add-or-remove"): "one record was in the data or not",
+        ("record", "zero-out"): "one record was replaced by an empty one",
+        ("gateway", "replace"): "a gateway's whole data was other data",
+        ("gateway", "zero-out"): "a gateway took part with its data or stayed silent",
+    }[guarantee.unit, guarantee.adjacency]
+    return (
+        f"epsilon {format_epsilon(guarantee.epsilon)} per {guarantee.unit} ({guarantee.adjacency}, delta "
+        f"{guarantee.delta:g}): what is published hardly depends on whether {change}; any event is at most "
+        f"e^epsilon times as likely, plus delta. Observer: {guarantee.observer}."
+    )
+
+
+def format_epsilon(epsilon: float) -> str:
+    """Return an epsilon with four significant digits, rounded up."""
+    if epsilon == 0:
+        return "0"
+    digits = max(0, 3 - math_floor_log10(epsilon))
+    scaled = epsilon * 10**digits
+    rounded = -(-scaled // 1) / 10**digits
+    return f"{rounded:.{digits}f}"
+
+
+def math_floor_log10(value: float) -> int:
+    """Return the exponent of the leading decimal digit."""
+    return int(f"{value:e}".partition("e")[2])
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256 of public bytes."""
+    return hashlib.sha256(data).hexdigest()

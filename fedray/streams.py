@@ -1,0 +1,234 @@
+"""Keyed randomness: every draw of a run comes from a key made of discrete coordinates.
+
+Knows nothing of models, privacy or Ray. A *root key* (32 bytes) yields the setup key (partition, model initialisation,
+MACs) and the first round key; round keys ratchet forward, so that a round's key does not give away earlier rounds.
+Under a round key, `RoundKeys` names a stream by purpose, gateway, round and attempt; the step is the nonce. A stream
+is the AES-256-CTR keystream under that key (NIST SP 800-38A), so its words are computationally indistinguishable from
+uniform ones.
+
+The normals of a stream follow Box and Muller (1958): a 64-bit word gives the radius (so the tail is cut at 9.4 standard
+deviations and not before), a 32-bit word the angle. They are laid out in blocks, and a vector's bits depend only on
+(key, step, length): not on how many vectors are drawn together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+KEY_BYTES = 32
+# Normals are made in blocks of this many pairs, which keeps the scratch arrays inside a core's second-level cache.
+PAIRS_PER_BLOCK = 8192
+_WORD_SCALE = np.float32(2.0**-64)
+_SMALLEST_UNIFORM = np.float32(2.0**-65)  # half a step below the smallest non-zero word: radius 9.49
+_ANGLE_SCALE = np.float32(math.pi / 2.0**31)
+_ZEROS_VIEW = memoryview(bytes(PAIRS_PER_BLOCK * 8))
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def new_root_key(seed: int | None) -> bytes:
+    """Return a run's root key: from the operating system, or from the seed when there is one.
+
+    Args:
+        seed: Makes the run reproducible, and its noise predictable to whoever knows the seed ("simulation only").
+    """
+    if seed is None:
+        return secrets.token_bytes(KEY_BYTES)
+    return hashlib.blake2b(f"fedray seed {seed}".encode(), digest_size=KEY_BYTES).digest()
+
+
+def derive_key(key: bytes, purpose: str, *numbers: int) -> bytes:
+    """Derive a 32-byte key from `key`, a purpose and whole numbers (keyed BLAKE2b; the encoding is injective)."""
+    label = purpose.encode()
+    message = len(label).to_bytes(2, "big") + label + b"".join(n.to_bytes(8, "big", signed=True) for n in numbers)
+    return hashlib.blake2b(message, key=key, digest_size=KEY_BYTES).digest()
+
+
+def setup_key(root_key: bytes) -> bytes:
+    """Return the key of everything drawn once: the partition, the model's initial values, MACs of private data."""
+    return derive_key(root_key, "setup")
+
+
+def first_round_key(root_key: bytes) -> bytes:
+    """Return k_0, from which the keys of all rounds ratchet."""
+    return derive_key(root_key, "round")
+
+
+def next_round_key(round_key: bytes) -> bytes:
+    """Return k_{r+1} = H(k_r); k_r cannot be found from it."""
+    return derive_key(round_key, "next round")
+
+
+def mac(key: bytes, data: bytes) -> str:
+    """Return the hexadecimal HMAC-SHA256 of private data (a plain hash would let outsiders test guesses)."""
+    return hmac.new(derive_key(key, "mac"), data, hashlib.sha256).hexdigest()
+
+
+def torch_seed(key: bytes, purpose: str, *numbers: int) -> int:
+    """Return a 63-bit seed for code that can only be seeded (model constructors, Dropout)."""
+    return int.from_bytes(derive_key(key, purpose, *numbers)[:8], "big") >> 1
+
+
+def numpy_generator(key: bytes, purpose: str, *numbers: int) -> np.random.Generator:
+    """Return a numpy generator for set-up draws (partition, toy data): reproducible, not cryptographic."""
+    return np.random.Generator(np.random.PCG64(int.from_bytes(derive_key(key, purpose, *numbers), "big")))
+
+
+@contextmanager
+def forked_global_rng(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and random inside the block and restore them after it.
+
+    For user code (a model's constructor, Dropout) that knows only global generators.
+    """
+    import random
+
+    import torch
+
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch lacks the annotation
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+class Stream:
+    """Words and normals under one key; `step` selects independent parts of the keystream.
+
+    Args:
+        key: 32 bytes, from `RoundKeys.key` or `derive_key`.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def seek(self, step: int) -> None:
+        """Go to the start of the keystream of a step (at most 2^64 blocks of 16 bytes each)."""
+        self._encryptor.reset_nonce(step.to_bytes(8, "big") + bytes(8))
+
+    def fill_bytes(self, out: npt.NDArray[np.uint8]) -> None:
+        """Overwrite `out` with the next keystream bytes."""
+        for start in range(0, out.size, len(_ZEROS_VIEW)):
+            part = out[start : start + len(_ZEROS_VIEW)]
+            self._encryptor.update_into(_ZEROS_VIEW[: part.size], part.data)
+
+    def bernoulli(self, step: int, size: int, rate: float) -> npt.NDArray[np.int64]:
+        """Return the sorted indices i < size whose word falls below `rate`; i's fate depends on (key, step, i) only.
+
+        Args:
+            step: Which part of the keystream.
+            size: How many independent trials.
+            rate: Probability in [0, 1], rounded down to a multiple of 2^-32.
+        """
+        threshold = math.floor(rate * 2.0**32)
+        if threshold >= 2**32:
+            return np.arange(size)
+        self.seek(step)
+        words = np.empty(size, np.uint32)
+        self.fill_bytes(words.view(np.uint8))
+        return np.flatnonzero(words < np.uint32(threshold))
+
+    def normals(self, step: int, size: int) -> Float32Array:
+        """Return `size` standard normals of a step."""
+        out = np.empty((1, size), np.float32)
+        fill_normals([self], step, out, 1.0)
+        row: Float32Array = out[0]
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundKeys:
+    """The key of one attempt at one round; yields the key of every stream in it.
+
+    Args:
+        round_key: k_r, 32 bytes.
+        round_index: r, from 1.
+        attempt: 0, and one more each time the round is repeated with other inputs.
+    """
+
+    round_key: bytes
+    round_index: int
+    attempt: int = 0
+
+    def key(self, purpose: str, gateway: int) -> bytes:
+        """Return the key of a gateway's stream for one purpose."""
+        return derive_key(self.round_key, purpose, gateway, self.round_index, self.attempt)
+
+    def stream(self, purpose: str, gateway: int) -> Stream:
+        """Return a gateway's stream for one purpose; its steps are nonces."""
+        return Stream(self.key(purpose, gateway))
+
+
+def fill_normals(streams: Sequence[Stream], step: int, out: Float32Array, std: float) -> None:
+    """Overwrite row g of `out` with N(0, std²) from stream g: the same bits whichever rows are drawn together.
+
+    Args:
+        streams: One stream per row.
+        step: Which part of each keystream.
+        out: `[G, P]` float32.
+        std: Standard deviation, at least 0.
+    """
+    rows, size = out.shape
+    for stream in streams:
+        stream.seek(step)
+    block = 2 * PAIRS_PER_BLOCK
+    together = max(1, block // (size + size % 2)) if size else rows
+    for first in range(0, rows, together):
+        group = streams[first : first + together]
+        for start in range(0, size, block):
+            _fill_block(group, out[first : first + len(group), start : start + block], np.float32(std))
+
+
+def _fill_block(streams: Sequence[Stream], out: Float32Array, std: np.float32) -> None:
+    rows, size = out.shape
+    pairs = (size + 1) // 2
+    scratch = _SCRATCH
+    shape, used = (rows, pairs), rows * pairs
+    radius_words, angle_words = scratch.radius_words[:used].reshape(shape), scratch.angle_words[:used].reshape(shape)
+    radius, angle = scratch.radius[:used].reshape(shape), scratch.angle[:used].reshape(shape)
+    for row, stream in enumerate(streams):
+        stream.fill_bytes(radius_words[row].view(np.uint8))
+        stream.fill_bytes(angle_words[row].view(np.uint8))
+    radius[...] = radius_words
+    radius *= _WORD_SCALE
+    radius += _SMALLEST_UNIFORM
+    np.log(radius, out=radius)
+    radius *= np.float32(-2.0)
+    np.sqrt(radius, out=radius)
+    radius *= std
+    angle[...] = angle_words
+    angle *= _ANGLE_SCALE
+    np.cos(angle, out=out[:, :pairs])
+    out[:, :pairs] *= radius
+    np.sin(angle, out=angle)
+    angle *= radius
+    out[:, pairs:] = angle[:, : size - pairs]
+
+
+class _Scratch(threading.local):
+    """One thread's working memory for a block (allocating it anew for each block would halve the speed)."""
+
+    def __init__(self) -> None:
+        self.radius_words = np.empty(PAIRS_PER_BLOCK, np.uint64)
+        self.angle_words = np.empty(PAIRS_PER_BLOCK, np.int32)
+        self.radius = np.empty(PAIRS_PER_BLOCK, np.float32)
+        self.angle = np.empty(PAIRS_PER_BLOCK, np.float32)
+
+
+_SCRATCH = _Scratch()
