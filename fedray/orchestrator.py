@@ -112,7 +112,7 @@ class Orchestrator:
         evaluation = Evaluation(plan.model, plan.test_tensors(), plan.training.loss, plan.class_labels, device)
         params, keys = plan.layout.flatten(plan.model), first_round_key(plan.root_key)
         files = RunDirectory.create(
-            new_run_path(config), report.config_card(config), self._checkpoint(0, params, keys, Ledger(None))
+            new_run_path(config), report.config_card(config, plan.spec), self._checkpoint(0, params, keys, Ledger(None))
         )
         ledger, history, stopped = Ledger(files.ledger), [], None
         cohort = range(config.gateways)

@@ -170,8 +170,6 @@ def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) 
         ),
         config,
     )
-    if level_of(spec).is_private:
-        config = config.resolve(noise_multiplier=spec.noise_multiplier, target_epsilon=None)
     training = LocalTraining(
         privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
 
+_WEAK_EPSILON = 20.0
 _PACKAGES = ("fedray", "torch", "numpy", "opacus", "dp-accounting", "ray", "cryptography", "safetensors")
 
 
@@ -28,10 +30,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def config_card(config: RunConfig) -> dict[str, Any]:
-    """Return the content of config.json."""
+def config_card(config: RunConfig, spec: PrivacySpec) -> dict[str, Any]:
+    """Return the content of config.json: every field with its resolved value, versions and machine."""
+    resolved = config.as_dict()
+    if level_of(spec).is_private:
+        resolved["noise_multiplier"] = spec.noise_multiplier
     machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
-    return {"config": config.as_dict(), "versions": versions(), "machine": machine}
+    return {"config": resolved, "versions": versions(), "machine": machine}
 
 
 def not_covered(spec: PrivacySpec, disjoint: bool) -> list[str]:
@@ -110,15 +115,19 @@ def privacy_card(
 def sentence(guarantee: Guarantee) -> str:
     """Return a guarantee in words that need no background in privacy."""
     change = {
-        ("record", "add-or-remove"): "one record was in the data or not",
-        ("record", "zero-out"): "one record was replaced by an empty one",
-        ("gateway", "replace"): "a gateway's whole data was other data",
-        ("gateway", "zero-out"): "a gateway took part with its data or stayed silent",
+        ("record", "add-or-remove"): "one record is in the data or not",
+        ("record", "zero-out"): "one record counts or is blanked out",
+        ("gateway", "replace"): "a gateway holds its own data or any other",
+        ("gateway", "zero-out"): "a gateway takes part with its data or stays silent",
     }[guarantee.unit, guarantee.adjacency]
+    if guarantee.epsilon <= _WEAK_EPSILON:
+        factor = f"by at most a factor of {math.exp(guarantee.epsilon):.3g}"
+    else:
+        factor = f"by up to a factor of 10^{guarantee.epsilon / math.log(10):.0f}, which is hardly a promise"
     return (
         f"epsilon {format_epsilon(guarantee.epsilon)} per {guarantee.unit} ({guarantee.adjacency}, delta "
-        f"{guarantee.delta:g}): what is published hardly depends on whether {change}; any event is at most "
-        f"e^epsilon times as likely, plus delta. Observer: {guarantee.observer}."
+        f"{guarantee.delta:g}): whether {change} changes the odds of whatever an observer may see {factor} "
+        f"(and with probability {guarantee.delta:g} by more). Observer: {guarantee.observer}."
     )
 
 
@@ -126,13 +135,13 @@ def format_epsilon(epsilon: float) -> str:
     """Return an epsilon with four significant digits, rounded up."""
     if epsilon == 0:
         return "0"
-    digits = max(0, 3 - math_floor_log10(epsilon))
+    digits = max(0, 3 - _leading_exponent(epsilon))
     scaled = epsilon * 10**digits
     rounded = -(-scaled // 1) / 10**digits
     return f"{rounded:.{digits}f}"
 
 
-def math_floor_log10(value: float) -> int:
+def _leading_exponent(value: float) -> int:
     """Return the exponent of the leading decimal digit."""
     return int(f"{value:e}".partition("e")[2])
 
