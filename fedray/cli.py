@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
-import re
 import signal
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from fedray.config import RunConfig, flag
+from fedray.config import RunConfig, flag, misfit
 from fedray.errors import FedrayError, GatewayError, InputError
 
 _DESCRIPTION = """Differentially private federated learning, simulated on Ray: many gateways train privately in parallel, an
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FedrayError as error:
         if isinstance(error, GatewayError) and error.details:
             print(error.details.rstrip(), file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: the round under way was abandoned; what was written is intact.", file=sys.stderr)
@@ -59,22 +59,24 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         InputError: A flag or its value is unknown, or a value breaks a rule.
         SystemExit: --help was asked for.
     """
-    stderr = io.StringIO()
+    path = _file(arguments)
+    file_arguments = [] if path is None else _file_arguments(path)
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
             settings = tyro.cli(
                 _CommandLine,
                 prog="python -m fedray",
                 description=_DESCRIPTION,
-                args=[*_file_arguments(arguments), *arguments],
+                args=[*file_arguments, *arguments],
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_sentence(stderr.getvalue())) from None
-    fields = {name: value for name, value in vars(settings).items() if name != "config"}
-    return RunConfig(**fields)
+        # The parser's own message is a framed box of several lines: say what is wrong in one sentence instead.
+        problem = _mistake(arguments) or f"the arguments cannot be read ({_one_line(said.getvalue())}); see --help."
+        raise InputError(problem) from None
+    return RunConfig(**{field.name: getattr(settings, field.name) for field in fields(RunConfig)})
 
 
 def _run(config: RunConfig) -> int:
@@ -98,43 +100,76 @@ def _interrupt(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _file_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the settings of --config FILE as arguments, to be placed before the user's own."""
+def _file(arguments: Sequence[str]) -> Path | None:
     path = None
     for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            path = Path(arguments[index + 1])
-        elif argument.startswith("--config="):
-            path = Path(argument.partition("=")[2])
-    if path is None:
-        return []
+        name, equals, value = argument.partition("=")
+        if name == "--config" and (equals or index + 1 < len(arguments)):
+            path = Path(value if equals else arguments[index + 1])
+    return path
+
+
+def _file_arguments(path: Path) -> list[str]:
+    """Return the settings of a TOML file as arguments, to be placed before the user's own."""
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, tomllib.TOMLDecodeError):
+            raise InputError(f"--config {path} is not TOML ({error}); write one `name = value` a line.") from error
         raise InputError(f"--config {path} cannot be read ({error}); name a readable TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"--config {path} is not TOML ({error}); write one `name = value` a line.") from error
     found: list[str] = []
     for name, value in values.items():
-        if isinstance(value, dict | list):
-            raise InputError(f"--config {path}: {name} is a table or list; every setting is one plain value.")
         field = name.replace("-", "_")
         if field not in RunConfig.__dataclass_fields__:
-            raise InputError(f"--config {path}: {name} is no setting; see --help for the names.")
+            raise InputError(f"--config {path}: {name} is no setting{_nearest(name)}; see --help for the names.")
+        problem = misfit(field, value)
+        if problem is not None:
+            raise InputError(f"--config {path}: {name} is {value!r}; it must be {problem}.")
         if isinstance(value, bool):
-            if not isinstance(RunConfig.__dataclass_fields__[field].default, bool):
-                raise InputError(f"--config {path}: {name} is {value}; it must be no truth value.")
             found += [flag(field)] if value else []
         else:
-            found += [flag(field), str(value)]
+            found.append(f"{flag(field)}={value}")
     return found
 
 
-def _one_sentence(box: str) -> str:
-    """Return the text of the parser's framed message as one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    text = re.sub(r"[─-╿]", " ", text)
-    text = re.sub(r"\s+", " ", text).strip()
-    text = text.removeprefix("Parsing error").removeprefix("Unrecognized options").strip()
-    text = re.sub(r"\s*For full helptext, (see|run) .*$", "", text)
-    return f"{text}; see --help." if text else "the arguments cannot be read; see --help."
+def _mistake(arguments: Sequence[str]) -> str | None:
+    """Return a sentence about the first argument that is no flag, or whose value does not fit; None if all fit."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, given = argument.partition("=")
+        field = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--"):
+            return f"{argument!r} is no flag; every setting is written --name value: see --help."
+        if field != "config" and field not in RunConfig.__dataclass_fields__:
+            return f"{name} is no flag{_nearest(name)}; see --help for all flags."
+        value = given if equals else rest[0] if rest and not rest[0].startswith("--") else None
+        problem = _value_mistake(field, value)
+        if problem is not None:
+            return problem
+        if value is not None and not equals:
+            rest.pop(0)
+    return None
+
+
+def _value_mistake(field: str, value: str | None) -> str | None:
+    if field != "config" and isinstance(RunConfig.__dataclass_fields__[field].default, bool):
+        return None if value is None else f"{flag(field)} is {value!r}; it takes no value: leave the value out."
+    if field == "config":
+        problem = None if value is not None else "a TOML file"
+    else:
+        problem = misfit(field, value, from_text=value is not None)
+    if problem is None:
+        return None
+    given = "has no value" if value is None else f"is {value!r}"
+    return f"{flag(field)} {given}; it must be {problem}."
+
+
+def _nearest(name: str) -> str:
+    known = ["config", *RunConfig.__dataclass_fields__]
+    found = difflib.get_close_matches(name.removeprefix("--").replace("-", "_"), known, n=1)
+    return f" (did you mean {flag(found[0])}?)" if found else ""
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,10 @@ class RunConfig:
     """Address of a Ray cluster (default: RAY_ADDRESS if set, else a local Ray of this machine)."""
     gateways_per_actor: Literal["auto"] | int = "auto"
     """Gateways that one actor hosts; auto gives each gateway its own actor while there is a slot for it."""
+    engine: Literal["auto", "stacked", "opacus"] = "auto"
+    """Trainer: stacked (all gateways of an actor in one step), opacus (reference, one by one); auto: stacked if proven."""
+    memory_limit: int | None = None
+    """Memory that one actor's training may take, in MiB (default: its share of half the machine's or GPU's memory)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gateways train; auto takes GPUs where there are any."""
     out: Path | None = None
@@ -132,13 +137,51 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def misfit(name: str, value: object, from_text: bool = False) -> str | None:
+    """Return what a field must be when the value is of another kind; None when it fits.
+
+    Args:
+        name: The field.
+        value: From a file, or from the command line.
+        from_text: Whether the value is text that stands for it.
+    """
+    declared = str(RunConfig.__dataclass_fields__[name].type)
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else "one of " + ", ".join(_CHOICES[name])
+    if name == "gateways_per_actor" and value == "auto":
+        return None
+    rule = next((rule for field, rule, _ in _RULES if field == name), None)
+    if declared == "bool":
+        return None if isinstance(value, bool) else "true or false"
+    if declared.startswith("float"):
+        return None if _parses(float, value, from_text) else rule
+    if "int" in declared:
+        return None if _parses(int, value, from_text) else (rule or "auto or a whole number of at least 1")
+    return None if isinstance(value, str) else "a path" if name == "out" else _FORMS.get(name, "text")
+
+
+def _parses(kind: type[int] | type[float], value: object, from_text: bool) -> bool:
+    if from_text:
+        try:
+            kind(str(value))
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+
+
 def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        kind = "not empty" if out.is_dir() else "a file"
-        raise InputError(f"--out {out} exists and is {kind}; it must be a new or empty directory.")
-    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            kind = "not empty" if out.is_dir() else "a file"
+            raise InputError(f"--out {out} exists and is {kind}; it must be a new or empty directory.")
+        parent = next(parent for parent in out.absolute().parents if parent.exists())
+    except OSError as error:  # a name that is too long, a directory that may not be read
+        raise InputError(f"--out {out} cannot be used ({error}); it must be a new or empty directory.") from error
     if not parent.is_dir():
         raise InputError(f"--out {out} lies under {parent}, which is a file; choose a path under a directory.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out} lies under {parent}, which may not be written; choose another place.")
 
 
 def _is_true(holds: Callable[[Any], bool], value: Any) -> bool:
@@ -173,6 +216,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("local_steps", _COUNT, _is_count),
     ("batch_size", _COUNT, _is_count),
     ("samples_per_gateway", _COUNT, _is_count),
+    ("memory_limit", _COUNT, _is_count),
     ("lr", _POSITIVE, _is_positive),
     (
         "noise_multiplier",
@@ -189,10 +233,17 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63,
     ),
 )
+_FORMS = {
+    "dataset": "toy, digits or module:function",
+    "model": "mlp, cnn or module:function",
+    "partition": "iid or dirichlet:ALPHA",
+    "ray_address": "an address such as host:port",
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "noise_level": ("none", "batch", "sample", "gateway"),
     "optimizer": ("adam", "sgd"),
     "weights": ("uniform", "records"),
     "pool": ("ray", "inline"),
+    "engine": ("auto", "stacked", "opacus"),
     "device": ("auto", "cpu", "cuda"),
 }

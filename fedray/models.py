@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedray.errors import InputError
 from fedray.params import Layout
 from fedray.user_code import call, find_function, is_reference
 
+MAX_CLASSES = 100_000  # a larger label is a mistake (an id, a pixel value), not a class
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -54,8 +56,12 @@ def build(name: str, record_shape: tuple[int, ...], num_classes: int) -> nn.Modu
     """Build --model (under the caller's seeded generators).
 
     Raises:
-        InputError: Unknown name, or the user's function fails or returns no module.
+        InputError: Unknown name, or the user's function fails or returns no module; or a label is no class index.
     """
+    if name in ("mlp", "cnn") and num_classes > MAX_CLASSES:
+        raise InputError(
+            f"--model {name}: label {num_classes - 1} is out of range; labels must be class indices below {MAX_CLASSES}."
+        )
     if name == "mlp":
         return mlp(record_shape, num_classes)
     if name == "cnn":
@@ -74,6 +80,11 @@ def from_function(function: Callable[[], Any], name: str) -> nn.Module:
     model = call(function, name, "--model")
     if not isinstance(model, nn.Module):
         raise InputError(f"--model {name} returned {type(model).__name__}; it must return a torch.nn.Module.")
+    for parameter_name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(
+                f"--model {name}: parameter {parameter_name} has no shape yet; use layers with all sizes given, no lazy ones."
+            )
     return model
 
 
@@ -86,7 +97,12 @@ def fix(model: nn.Module) -> nn.Module:
     """Replace what Opacus' ModuleValidator can replace (BatchNorm by GroupNorm, LSTM by DPLSTM, …)."""
     from opacus.validators import ModuleValidator  # slow import, needed here alone
 
-    return ModuleValidator.fix(model)  # type: ignore[no-any-return]  # opacus is untyped
+    try:
+        return ModuleValidator.fix(model)  # type: ignore[no-any-return]  # opacus is untyped
+    except Exception as error:  # opacus raises many kinds for layers that it cannot replace
+        raise InputError(
+            f"--fix-model: Opacus cannot replace a layer of this model ({error}); replace it yourself."
+        ) from error
 
 
 def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:
@@ -105,28 +121,85 @@ def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None)
         InputError: Records are coupled, buffers change in a forward pass, the forward fails, or outputs do not fit.
     """
     Layout.of(model)
-    model = copy.deepcopy(model).train()
+    model = _copy(model).train()
     _refuse_coupling_types(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # Three copies of one record would hide a coupling through the mean; noise on top makes records differ.
     x = x[:3] if len(x) >= 3 else torch.cat([x, x, x])[:3]
     y = y[:3] if len(y) >= 3 else torch.cat([y, y, y])[:3]
+    if x.is_floating_point() and (torch.equal(x[0], x[1]) or torch.equal(x[0], x[2])):
+        x = x + 0.1 * torch.randn(x.shape)  # equal records would hide a coupling through their mean
     try:
         together, outputs = _leaf_outputs(model, x)
+        again, _ = _leaf_outputs(model, x)
+        if any(not torch.equal(one, other) for (_, one), (_, other) in zip(together, again, strict=False)):
+            model.eval()  # it draws (functional dropout): without its draws, what is left is coupling
+            together, _ = _leaf_outputs(model, x)
         alone, _ = _leaf_outputs(model, x[:1])
     except Exception as error:  # the user's forward may raise anything
+        remedy = (
+            "" if x.is_floating_point() else " (x holds whole numbers: unless the model embeds tokens, make it float32)"
+        )
         raise InputError(
             f"--model: the forward pass on records of shape {tuple(x.shape[1:])} raised {type(error).__name__}: {error}; "
-            "the model must accept a batch of the data's records."
+            f"the model must accept a batch of the data's records{remedy}."
         ) from error
     for name, buffer in model.named_buffers():
-        if not torch.equal(before[name], buffer):
+        if name not in before or not torch.equal(before[name], buffer):
             raise InputError(
                 f"--model: buffer {name} changes during a forward pass; buffers do not travel and are not private: "
                 "remove it, or try --fix-model."
             )
     _refuse_coupled_outputs(model, together, alone)
     return _check_outputs(outputs, y, loss)
+
+
+def check_record_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss) -> None:
+    """Check that Opacus finds the gradient of every record: over a batch they must add up to the batch's gradient.
+
+    Args:
+        model: Stays unchanged; has passed `check`.
+        x: `[n, …]`, a few records.
+        y: `[n]`, their targets.
+        loss: One value a record.
+
+    Raises:
+        InputError: A layer's gradients per record cannot be found, or are wrong.
+    """
+    from opacus import GradSampleModule  # slow import: only models of the user's own need it here
+
+    whole = _copy(model).eval()  # no Dropout: both passes must draw alike
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on hooks and vmap, for developers of layers
+        try:
+            records = GradSampleModule(_copy(model).eval(), loss_reduction="sum")
+            loss(records(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
+        except Exception as error:  # opacus, or the user's code under its hooks, may raise anything
+            raise InputError(
+                f"--model: Opacus cannot take its gradient record by record ({type(error).__name__}: {error}); use other "
+                "layers, --fix-model, or --noise-level gateway."
+            ) from error
+        loss(whole(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
+    for (name, parameter), single in zip(whole.named_parameters(), records._module.parameters(), strict=True):
+        if parameter.grad is None:
+            continue
+        found = getattr(single, "grad_sample", None)
+        total = found.sum(dim=0) if isinstance(found, torch.Tensor) else torch.zeros_like(parameter)
+        scale = float(parameter.grad.abs().max())
+        if not torch.allclose(total, parameter.grad, rtol=1e-2, atol=1e-3 * scale + 1e-7, equal_nan=True):
+            raise InputError(
+                f"--model: the gradients per record of parameter {name} do not add up to its gradient (is it used outside "
+                "its own layer's forward?); call the layer itself, try --fix-model, or use --noise-level gateway."
+            )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever hangs on the model may refuse
+        raise InputError(
+            f"--model: the model cannot be copied ({type(error).__name__}: {error}); keep nothing on it but layers, "
+            "parameters and plain values."
+        ) from error
 
 
 def _refuse_coupling_types(model: nn.Module) -> None:

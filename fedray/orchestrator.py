@@ -23,6 +23,7 @@ from fedray.config import RunConfig
 from fedray.errors import BudgetExhaustedError, RunFailedError
 from fedray.evaluation import Evaluation
 from fedray.models import Loss
+from fedray.params import Layout
 from fedray.plan import Plan, UserParts, new_run_path, prepare
 from fedray.pool.pool import Pool, PoolInfo
 from fedray.pool.worker import GroupResult
@@ -129,7 +130,7 @@ class Orchestrator:
             clock.lap("charge")
             results = pool.train(round_keys, params, cohort)
             clock.lap("train")
-            total, weight, arrived = gather(results, plan.layout.digest, device)
+            total, weight, arrived = gather(results, plan.layout, device)
             params = server.step(params, mechanism.aggregate(plan.spec, round_keys, total, weight, arrived))
             clock.lap("aggregate")
             score = evaluation.score(params)
@@ -176,7 +177,8 @@ class Orchestrator:
             ("where", info.summary),
             ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps, "
              f"B = {config.batch_size} (q = {plan.spec.sample_rate:.4g}), {config.optimizer}, lr {config.lr:g}"),
-            ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters, engine {plan.setup.engine}"),
+            ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters, engine {plan.setup.engine}"
+             + (f" ({plan.engine_reason})" if plan.engine_reason else "")),
             *plan_rows(plan, curve.planned()),
         ]  # fmt: skip
         self._progress.start("fedray", rows, curve.warnings())
@@ -214,7 +216,7 @@ class Orchestrator:
 
 
 def gather(
-    results: Sequence[GroupResult], layout_digest: str, device: torch.device
+    results: Sequence[GroupResult], layout: Layout, device: torch.device
 ) -> tuple[npt.NDArray[np.float64], float, Ranges]:
     """Add up the groups' updates in gateway order.
 
@@ -225,15 +227,21 @@ def gather(
         RunFailedError: An actor's model has another layout than the orchestrator's.
     """
     for result in results:
-        if result.layout_digest != layout_digest:
+        if result.layout_digest != layout.digest:
             raise RunFailedError(
                 f"gateways {result.gateways[0]}–{result.gateways[-1]} answered with another model layout than the "
                 "orchestrator's; all machines must run the same code."
             )
-    rows = [row for result in results for row in result.updates]
-    weights = [weight for result in results for weight in result.weights or [1.0] * len(result.gateways)]
-    arrived = ranges_of([gateway for result in results for gateway in result.gateways])
-    return weighted_sum(rows, weights, device), sum(weights), arrived
+    total = np.zeros(layout.num_params, np.float64)
+    weight = 0.0
+    for result in results:
+        weights = result.weights or [1.0] * len(result.gateways)
+        weight += sum(weights)
+        if result.updates is not None:
+            weighted_sum(list(result.updates), weights, device, total)
+        elif result.total is not None:
+            total += result.total
+    return total, weight, ranges_of([gateway for result in results for gateway in result.gateways])
 
 
 def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ranges) -> str:

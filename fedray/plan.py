@@ -18,12 +18,13 @@ from fedray.data.source import Federation
 from fedray.errors import InputError
 from fedray.params import Layout
 from fedray.pool.pool import Pool
-from fedray.pool.worker import WorkerSetup
+from fedray.pool.worker import Engine, WorkerSetup
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
 
 _HIGH_EPSILON = 20.0
@@ -45,6 +46,7 @@ class Plan:
         training: How gateways train.
         class_labels: Whether targets are class indices.
         setup: What each actor gets.
+        engine_reason: Why --engine auto took the reference trainer; None when it did not.
     """
 
     config: RunConfig
@@ -56,6 +58,7 @@ class Plan:
     training: LocalTraining
     class_labels: bool
     setup: WorkerSetup
+    engine_reason: str | None
 
     @property
     def charges(self) -> Charges:
@@ -173,7 +176,15 @@ def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) 
     training = LocalTraining(
         privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
     )
-    setup = WorkerSetup(model=model, training=training, shards=federation.shards, rules=rules, engine="opacus")
+    engine, reason = _engine(config, model, federation)
+    setup = WorkerSetup(
+        model=model,
+        training=training,
+        shards=federation.shards,
+        rules=rules,
+        engine=engine,
+        memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
+    )
     return Plan(
         config=config,
         root_key=root_key,
@@ -184,6 +195,7 @@ def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) 
         training=training,
         class_labels=parts.loss is None,
         setup=setup,
+        engine_reason=reason,
     )
 
 
@@ -201,12 +213,28 @@ def _model(
             model = models.fix(model)
         num_outputs = models.check(model, x, y, parts.loss)
     rules = RecordRules(record_shape=record_shape, integer=not x.is_floating_point(), num_classes=num_outputs)
-    if not federation.lazy and config.dataset != "toy":
+    if not federation.lazy and (parts.shards is not None or config.dataset != "toy"):
         for index in range(len(federation.shards)):
             rules.check(*_pair(federation, index), f"shard {index}")
     if federation.test is not None:
         rules.check(*federation.test, "test data")
+    if config.noise_level == "sample" and (parts.model is not None or config.model not in ("mlp", "cnn")):
+        rules.check(federation.example[0][:3], federation.example[1][:3], "shard 0")
+        with forked_global_rng(torch_seed(key, "gradients")):
+            models.check_record_gradients(model, x, y, parts.loss or models.cross_entropy)
     return model, rules
+
+
+def _engine(config: RunConfig, model: torch.nn.Module, federation: Federation) -> tuple[Engine, str | None]:
+    """Return the trainer of --engine, and why auto did not take the fast one."""
+    if config.engine == "opacus":
+        return "opacus", None
+    reason = reason_against(model, torch.from_numpy(federation.example[0][:3].copy()))
+    if reason is None:
+        return "stacked", None
+    if config.engine == "stacked":
+        raise InputError(f"--engine is stacked but {reason}; use --engine opacus or auto.")
+    return "opacus", reason
 
 
 def _pair(federation: Federation, index: int) -> tuple[Any, Any]:

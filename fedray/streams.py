@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import random
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,14 +25,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 KEY_BYTES = 32
-# Normals are made in blocks of this many pairs, which keeps the scratch arrays inside a core's second-level cache.
-PAIRS_PER_BLOCK = 8192
-_WORD_SCALE = np.float32(2.0**-64)
-_SMALLEST_UNIFORM = np.float32(2.0**-65)  # half a step below the smallest non-zero word: radius 9.49
-_ANGLE_SCALE = np.float32(math.pi / 2.0**31)
+# Normals are made in blocks of this many pairs: enough to spread the cost of a call, few enough to stay in a cache.
+PAIRS_PER_BLOCK = 65536
+_SMALLEST_UNIFORM = 2.0**-64  # for the word 0, half the smallest other word: radius 9.42
 _ZEROS_VIEW = memoryview(bytes(PAIRS_PER_BLOCK * 8))
 
 Float32Array = npt.NDArray[np.float32]
@@ -91,10 +91,6 @@ def forked_global_rng(seed: int) -> Iterator[None]:
 
     For user code (a model's constructor, Dropout) that knows only global generators.
     """
-    import random
-
-    import torch
-
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch lacks the annotation
     with torch.random.fork_rng(devices=devices):
@@ -136,13 +132,20 @@ class Stream:
             size: How many independent trials.
             rate: Probability in [0, 1], rounded down to a multiple of 2^-32.
         """
+        return self.bernoulli_steps(range(step, step + 1), size, rate)[0]
+
+    def bernoulli_steps(self, steps: range, size: int, rate: float) -> list[npt.NDArray[np.int64]]:
+        """Return `bernoulli` of each step; faster than one call a step."""
         threshold = math.floor(rate * 2.0**32)
         if threshold >= 2**32:
-            return np.arange(size)
-        self.seek(step)
-        words = np.empty(size, np.uint32)
-        self.fill_bytes(words.view(np.uint8))
-        return np.flatnonzero(words < np.uint32(threshold))
+            return [np.arange(size) for _ in steps]
+        words = np.empty((len(steps), size), np.uint32)
+        for row, step in zip(words, steps, strict=True):
+            self.seek(step)
+            self.fill_bytes(row.view(np.uint8))
+        chosen = np.flatnonzero(words < np.uint32(threshold))
+        ends = np.searchsorted(chosen, np.arange(0, (len(steps) + 1) * size, size)).tolist()
+        return [chosen[ends[row] : ends[row + 1]] - row * size for row in range(len(steps))]
 
     def normals(self, step: int, size: int) -> Float32Array:
         """Return `size` standard normals of a step."""
@@ -192,43 +195,48 @@ def fill_normals(streams: Sequence[Stream], step: int, out: Float32Array, std: f
     for first in range(0, rows, together):
         group = streams[first : first + together]
         for start in range(0, size, block):
-            _fill_block(group, out[first : first + len(group), start : start + block], np.float32(std))
+            _fill_block(group, out[first : first + len(group), start : start + block], std)
 
 
-def _fill_block(streams: Sequence[Stream], out: Float32Array, std: np.float32) -> None:
+def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> None:
     rows, size = out.shape
     pairs = (size + 1) // 2
-    scratch = _SCRATCH
-    shape, used = (rows, pairs), rows * pairs
-    radius_words, angle_words = scratch.radius_words[:used].reshape(shape), scratch.angle_words[:used].reshape(shape)
-    radius, angle = scratch.radius[:used].reshape(shape), scratch.angle[:used].reshape(shape)
+    words, radius, angle = _SCRATCH.of(rows * pairs)
     for row, stream in enumerate(streams):
-        stream.fill_bytes(radius_words[row].view(np.uint8))
-        stream.fill_bytes(angle_words[row].view(np.uint8))
-    radius[...] = radius_words
-    radius *= _WORD_SCALE
-    radius += _SMALLEST_UNIFORM
-    np.log(radius, out=radius)
-    radius *= np.float32(-2.0)
-    np.sqrt(radius, out=radius)
-    radius *= std
-    angle[...] = angle_words
-    angle *= _ANGLE_SCALE
-    np.cos(angle, out=out[:, :pairs])
-    out[:, :pairs] *= radius
-    np.sin(angle, out=angle)
-    angle *= radius
-    out[:, pairs:] = angle[:, : size - pairs]
+        part = slice(row * pairs, (row + 1) * pairs)
+        stream.fill_bytes(words.radius[part].view(np.uint8))
+        stream.fill_bytes(words.angle[part].view(np.uint8))
+    # The magnitude of a signed word over 2^63 is uniform on [0, 1].
+    radius.copy_(torch.from_numpy(words.radius)).abs_().mul_(2.0**-63).clamp_min_(_SMALLEST_UNIFORM)
+    radius.log_().mul_(-2.0).sqrt_().mul_(std)
+    angle.copy_(torch.from_numpy(words.angle)).mul_(math.pi * 2.0**-31)
+    radius, angle, target = radius.view(rows, pairs), angle.view(rows, pairs), torch.from_numpy(out)
+    cosine, sine = target[:, :pairs], target[:, pairs:]
+    torch.cos(angle, out=cosine)
+    cosine.mul_(radius)
+    angle.sin_().mul_(radius)
+    sine.copy_(angle[:, : size - pairs])
+
+
+@dataclass(frozen=True)
+class _Words:
+    radius: npt.NDArray[np.int64]
+    angle: npt.NDArray[np.int32]
 
 
 class _Scratch(threading.local):
     """One thread's working memory for a block (allocating it anew for each block would halve the speed)."""
 
     def __init__(self) -> None:
-        self.radius_words = np.empty(PAIRS_PER_BLOCK, np.uint64)
-        self.angle_words = np.empty(PAIRS_PER_BLOCK, np.int32)
-        self.radius = np.empty(PAIRS_PER_BLOCK, np.float32)
-        self.angle = np.empty(PAIRS_PER_BLOCK, np.float32)
+        self._size = 0
+
+    def of(self, size: int) -> tuple[_Words, torch.Tensor, torch.Tensor]:
+        """Return words, radii and angles for `size` pairs; their contents are undefined."""
+        if size > self._size:
+            self._size = size
+            self._words = _Words(np.empty(size, np.int64), np.empty(size, np.int32))
+            self._radius, self._angle = torch.empty(size), torch.empty(size)
+        return _Words(self._words.radius[:size], self._words.angle[:size]), self._radius[:size], self._angle[:size]
 
 
 _SCRATCH = _Scratch()

@@ -24,11 +24,11 @@ def find_function(name: str, flag: str) -> Callable[..., Any]:
         InputError: The module does not import, or has no such function.
     """
     module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
+    if sys.path[0] not in ("", os.getcwd()):
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         raise InputError(
             f"{flag} {name}: module {module_name} does not import ({type(error).__name__}: {error}); it must lie in the "
             "current directory or be installed."
@@ -47,7 +47,7 @@ def call(function: Callable[..., Any], name: str, flag: str, *arguments: Any) ->
     """
     try:
         return function(*arguments)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise InputError(
             f"{flag} {name}: {name.rpartition(':')[2]} raised {type(error).__name__}: {error}; it must return without error."
         ) from error

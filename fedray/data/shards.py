@@ -70,7 +70,10 @@ class RecordRules:
                 "all shards and the test data must agree."
             )
         if np.issubdtype(x.dtype, np.integer) != self.integer:
-            raise InputError(f"{where}: x is {x.dtype}, elsewhere it is not; all shards must have one kind of x.")
+            raise InputError(
+                f"{where}: x is {x.dtype}, elsewhere it is {'int64' if self.integer else 'float32'}; all shards and the "
+                "test data must hold one kind of x."
+            )
         if self.num_classes is not None and int(y.max()) >= self.num_classes:
             raise InputError(
                 f"{where}: label {int(y.max())} is out of range; the model has {self.num_classes} outputs, so labels "
@@ -100,25 +103,41 @@ def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[Array, 
         raise InputError(f"{where} is empty; each gateway and the test data must hold at least one record.")
     if len(x) != len(y):
         raise InputError(f"{where}: x has {len(x)} records and y has {len(y)}; they must be equally many.")
-    if not np.isfinite(x).all():
-        bad = int(np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))[0])
-        raise InputError(f"{where}: x of record {bad} is NaN or infinite; all values must be finite: clean the data.")
+    if x.size == 0:
+        raise InputError(f"{where}: x has shape {x.shape}; a record must hold at least one value.")
+    x = _finite(_contiguous(x), f"{where}: x")
     if not class_labels:
-        return _contiguous(x), _contiguous(y)
-    if y.ndim != 1 or not np.isfinite(y).all() or (y != np.floor(y)).any():
-        raise InputError(f"{where}: y must be one whole number a record (a class index).")
-    if int(y.min()) < 0:
-        raise InputError(f"{where}: label {int(y.min())} is negative; labels are class indices from 0 on.")
-    return _contiguous(x), np.ascontiguousarray(y, np.int64)
+        return x, _finite(_contiguous(y), f"{where}: y")
+    if y.ndim != 1:
+        raise InputError(f"{where}: y has shape {y.shape}; it must be one class index a record, shape ({len(y)},).")
+    _finite(y, f"{where}: y")
+    if (y != np.floor(y)).any():
+        bad = y[y != np.floor(y)][0]
+        raise InputError(f"{where}: label {bad:g} is no whole number; labels are class indices from 0 on.")
+    if int(y.min()) < 0 or int(y.max()) >= 2**63:
+        bad = y.min() if y.min() < 0 else y.max()
+        raise InputError(f"{where}: label {bad} is out of range; labels are class indices from 0 on.")
+    return x, np.ascontiguousarray(y, np.int64)
+
+
+def _finite(values: Array, where: str) -> Array:
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
+        raise InputError(
+            f"{where} of record {bad} is NaN or infinite; all values must be finite float32 numbers: clean the data."
+        )
+    return values
 
 
 def _numeric(values: Any, where: str) -> Array:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
     try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
         array = np.asarray(values)
-    except ValueError as error:
-        raise InputError(f"{where} is ragged; it must be one array with equal rows.") from error
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged rows, or a tensor that is sparse or quantized
+        raise InputError(f"{where} is ragged or no array ({error}); it must be one array with equal rows.") from error
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_) or np.iscomplexobj(array):
         raise InputError(f"{where} has type {array.dtype}; it must be real numbers.")
     return array
@@ -126,7 +145,8 @@ def _numeric(values: Any, where: str) -> Array:
 
 def _contiguous(array: Array) -> Array:
     kind = np.int64 if np.issubdtype(array.dtype, np.integer) else np.float32
-    return np.ascontiguousarray(array, kind)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused as such
+        return np.ascontiguousarray(array, kind)
 
 
 @dataclass(frozen=True)

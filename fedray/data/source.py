@@ -79,14 +79,14 @@ def from_config(config: RunConfig, key: bytes) -> Federation:
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise InputError(f"{name} returned {type(result).__name__}; it must return (train, test).")
     train, test = result
-    test_arrays = as_arrays(test, f"{name}: test")
     if _is_pair_of_arrays(train):
-        return _cut(config, as_arrays(train, f"{name}: train"), test_arrays, alpha, key)
+        train_arrays = as_arrays(train, f"{name}: train")
+        return _cut(config, train_arrays, as_arrays(test, f"{name}: test"), alpha, key)
     if config.partition != "iid":
         raise InputError(
             f"--partition is {config.partition!r} but {name} returns shards that are already cut; leave it out."
         )
-    return from_shards(config, train, test_arrays, f"{name}: train")
+    return from_shards(config, train, as_arrays(test, f"{name}: test"), f"{name}: train")
 
 
 def from_shards(
@@ -101,7 +101,8 @@ def from_shards(
         raise InputError(f"{where} is {type(shards).__name__}; it must be (x, y) or a sequence of such pairs.")
     if len(shards) != config.gateways:
         raise InputError(
-            f"{where} has {len(shards)} shards for --gateways {config.gateways}; they must be equally many."
+            f"{where} has {len(shards)} shards for --gateways {config.gateways}; they must be equally many (one data set "
+            "that fedray is to partition must be a pair of numpy arrays or torch tensors)."
         )
     deferred = isinstance(shards, list | tuple) and any(isinstance(s, Gateway) and callable(s.data) for s in shards)
     lazy = deferred or not isinstance(shards, list | tuple)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,17 +37,36 @@ def _import_ray() -> Any:
     return ray
 
 
+def _check_reachable(address: str) -> None:
+    """Raise InputError when nothing listens at host:port; Ray itself would try for minutes and then end the process."""
+    if address.startswith("ray://"):
+        raise InputError(
+            f"--ray-address {address} is Ray Client, which is too slow for fedray; give the cluster's own host:port, or "
+            "start the run with `ray job submit`."
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "local" or "auto"; Ray answers at once for anything else
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise InputError(
+            f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out."
+        ) from error
+
+
 START_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 5.0
 _FAILURE_GRACE_S = 1.0  # how long to listen for the same failure from other actors
 
 
 class _Actor:
     """Hosts a group of gateways in a Ray process."""
 
-    def __init__(self, setup: WorkerSetup, device: str) -> None:
+    def __init__(self, setup: WorkerSetup, device: str, sharing: int) -> None:
         torch.set_num_threads(1)
         self._device = resolve_device(device)
-        self._worker = Worker(setup, self._device)
+        self._worker = Worker(setup, self._device, sharing)
 
     def ready(self) -> str:
         """Return the kind of device that this actor trains on."""
@@ -94,6 +115,7 @@ class RayPool:
         self._ray = ray = _import_ray()
         if not ray.is_initialized():
             address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+            _check_reachable(address)
             options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -132,8 +154,16 @@ class RayPool:
 
         if any(slot.bundle is not None for slot in placement.actors):
             self._reserve_gpus(placement)
-        setup_ref = ray.put(self._setup)
+        try:
+            setup_ref = ray.put(self._setup)
+        except TypeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"model, loss or shards cannot be sent to actors ({reason}); open files and connections where a shard is "
+                "loaded, not before."
+            ) from error
         remote = ray.remote(_Actor)
+        sharing = Counter((slot.bundle, slot.node) for slot in placement.actors)
         for slot in placement.actors:
             strategy = (
                 PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle)
@@ -141,7 +171,9 @@ class RayPool:
                 else NodeAffinitySchedulingStrategy(self._nodes[slot.node].node_id, soft=True)
             )
             options = {"num_cpus": slot.num_cpus, "num_gpus": slot.num_gpus, "scheduling_strategy": strategy}
-            self._actors.append(remote.options(**options).remote(setup_ref, self._device))
+            self._actors.append(
+                remote.options(**options).remote(setup_ref, self._device, sharing[slot.bundle, slot.node])
+            )
         kinds = set(self._wait_all([actor.ready.remote() for actor in self._actors], START_TIMEOUT_S, "start"))
         if len(kinds) != 1:
             raise InputError(

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys, Stream, derive_key, fill_normals
+from fedray.streams import RoundKeys, Stream, derive_key, fill_normals, torch_seed
 
 _LOCAL = "local noise"
 _AGGREGATE = "aggregate noise"
@@ -26,11 +27,22 @@ class LocalNoise:
 
     def __init__(self, spec: PrivacySpec, keys: RoundKeys, gateways: Sequence[int]) -> None:
         self._std = spec.noise_std
-        self._streams = [keys.stream(_LOCAL, gateway) for gateway in gateways]
+        self._keys = [keys.key(_LOCAL, gateway) for gateway in gateways]
+        self._streams = [Stream(key) for key in self._keys]
 
-    def fill(self, step: int, out: npt.NDArray[np.float32], first: int = 0) -> None:
-        """Overwrite `out` `[G, P]` with the step's noise of the G gateways from row `first` of the group on."""
-        fill_normals(self._streams[first : first + len(out)], step, out, self._std)
+    def fill(self, step: int, out: npt.NDArray[np.float32]) -> None:
+        """Overwrite `out` `[G, P]` with the step's noise."""
+        fill_normals(self._streams, step, out, self._std)
+
+    def fill_on_device(self, step: int, out: torch.Tensor) -> None:
+        """Overwrite `out` `[G, P]` on a GPU with the step's noise, from a generator keyed per gateway and step.
+
+        The device's generator (Philox) takes a 63-bit seed, so this noise is weaker than `fill`'s; reports say so.
+        """
+        generator = torch.Generator(device=out.device)
+        for row, key in zip(out, self._keys, strict=True):
+            generator.manual_seed(torch_seed(key, "device", step))
+            row.normal_(0.0, self._std, generator=generator)
 
 
 def aggregate_noise(

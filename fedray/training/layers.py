@@ -1,0 +1,533 @@
+"""Layers of many gateways at once, with the book-keeping that per-record clipping needs.
+
+A stacked layer stands in for a leaf layer of the user's model. The model runs on a flat batch of G·B records; the stacked
+layer gives each gateway's B records that gateway's own weights. One forward pass keeps the layer's input a, one backward
+pass its output gradient e; from these two come each record's squared gradient norm and, once the clipping factors are
+known, the clipped sum, without a second backward pass (Goodfellow 2015; Lee and Kifer 2021; Li et al. 2022).
+
+Every layer kind in `KINDS` is proven equal to the reference trainer by tests/training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Unsupported(Exception):
+    """A layer cannot be stacked; the message says which and why."""
+
+
+def _unflatten(values: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
+    """Return `values` with one dimension split in several (torch's own method lacks annotations)."""
+    result: torch.Tensor = values.unflatten(dim, sizes)  # type: ignore[no-untyped-call]  # see above
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where a layer's parameter lies in the flat vector.
+
+    Args:
+        where: Slice of the P columns.
+        shape: Of the parameter.
+    """
+
+    where: slice
+    shape: tuple[int, ...]
+
+    def view(self, stacked: torch.Tensor) -> torch.Tensor:
+        """Return the parameter's view `[G, *shape]` of a `[G, P]` matrix."""
+        return _unflatten(stacked[:, self.where], 1, *self.shape)
+
+
+class _Tap(torch.autograd.Function):
+    """Runs a stacked layer and catches the gradient of its output on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: StackedLayer) -> torch.Tensor:
+        """Return the layer's output; `anchor` makes autograd come back here even when x needs no gradient."""
+        ctx.layer = layer
+        ctx.x_shape = x.shape
+        out = layer.compute(x.detach())
+        layer.num_values = layer.a.numel() + out.numel()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        """Keep the output gradient and return the input gradient when someone needs it."""
+        layer: StackedLayer = ctx.layer
+        needed = ctx.needs_input_grad[0]
+        input_gradient = layer.catch(gradients[0], needed)
+        return (input_gradient.view(ctx.x_shape) if input_gradient is not None else None), None, None
+
+
+class StackedLayer(nn.Module):
+    """One leaf layer of G gateways.
+
+    Args:
+        slots: Trainable parameters by local name ("weight", "bias").
+        frozen: Other parameters by local name, shared by all gateways.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.slots = dict(slots)
+        self.frozen = dict(frozen)
+        self.calls = 0
+        self.num_values = 0
+        self._values: dict[str, torch.Tensor] = {}
+        self._gateways = 0
+        self._anchor = torch.zeros((), requires_grad=True)
+        self.a: Any = None
+        self.e: Any = None
+
+    def bind(self, params: torch.Tensor, anchor: torch.Tensor) -> None:
+        """Take this layer's parameters from `params` `[G, P]` from now on (views: they follow the optimizer)."""
+        self._gateways = len(params)
+        self._anchor = anchor
+        self._values = {name: slot.view(params) for name, slot in self.slots.items()}
+        for name, value in self.frozen.items():
+            self._values[name] = value.expand(len(params), *value.shape)
+
+    def value(self, name: str) -> torch.Tensor | None:
+        """Return a parameter `[G, …]`, or None when the layer has none of that name."""
+        return self._values.get(name)
+
+    def has(self, name: str) -> bool:
+        """Tell whether a parameter is trainable."""
+        return name in self.slots
+
+    def grouped(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return `[G·B, …]` as `[G, B, …]`."""
+        return _unflatten(flat, 0, self._gateways, -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the layer on the flat batch."""
+        self.calls += 1
+        return _Tap.apply(x, self._anchor, self)  # type: ignore[no-any-return, no-untyped-call]  # torch is untyped here
+
+    def forget(self) -> None:
+        """Drop what the last step kept."""
+        self.a = self.e = None
+        self.calls = 0
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output and keep what the gradients will need."""
+        raise NotImplementedError
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """Keep the output gradient; return the input gradient when it is needed."""
+        raise NotImplementedError
+
+    def squared_norms(self) -> torch.Tensor:
+        """Return the squared norm of each record's gradient in this layer, `[G, B]`."""
+        raise NotImplementedError
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Replace what was kept of records outside `keep` `[G, B]` by zeros (a factor of 0 would leave NaN)."""
+        self.a, self.e = (_where(keep, part) for part in (self.a, self.e))
+
+    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """Add the sum over records of factor · gradient to `out` `[G, P]`; factors `[G, B]`, or None for 1."""
+        raise NotImplementedError
+
+
+def _where(keep: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    if not part.is_floating_point():
+        return part
+    return torch.where(keep.view(*keep.shape, *([1] * (part.dim() - 2))), part, 0.0)
+
+
+def _weighted(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    return e if factors is None else e * factors.view(*factors.shape, *([1] * (e.dim() - 2)))
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares over all but the first two dimensions."""
+    return values.flatten(2).square().sum(2) if values.dim() > 3 else values.square().sum(2)
+
+
+class _Affine(StackedLayer):
+    """y = x Wᵀ + b on rows: Linear, and convolutions after unfolding. a `[G, B(, T), in]`, e `[G, B(, T), out]`."""
+
+    def rows_forward(self, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return a Wᵀ + b for a `[G, B(, T), in]`, keeping a."""
+        self.a = a
+        flat = a.flatten(1, -2)
+        if bias is None:
+            out = torch.bmm(flat, weight.transpose(1, 2))
+        else:
+            out = torch.baddbmm(bias.unsqueeze(1), flat, weight.transpose(1, 2))
+        return out.view(*a.shape[:-1], weight.shape[1])
+
+    def rows_backward(self, e: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return e W `[G, B(, T), in]`."""
+        return torch.bmm(e.flatten(1, -2), weight).view(*e.shape[:-1], weight.shape[2])
+
+    def weight_squares(self) -> torch.Tensor:
+        """Return each record's squared norm of the weight gradient."""
+        a, e = self.a, self.e
+        if a.dim() == 3:
+            return _squares(e) * _squares(a)
+        length, size_in, size_out = a.shape[2], a.shape[3], e.shape[3]
+        a, e = a.flatten(0, 1), e.flatten(0, 1)
+        if (
+            length * (size_in + size_out) < size_in * size_out
+        ):  # the norm trick costs T²(in + out), the gradient T·in·out
+            squares = (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(e, e.transpose(1, 2))).sum((1, 2)).clamp_min_(0)
+        else:
+            squares = torch.bmm(e.transpose(1, 2), a).flatten(1).square().sum(1)
+        return squares.view(self.a.shape[:2])
+
+    def bias_squares(self) -> torch.Tensor:
+        """Return each record's squared norm of the bias gradient."""
+        return _squares(self.e if self.e.dim() == 3 else self.e.sum(2))
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `StackedLayer.squared_norms`."""
+        if self.a.dim() == 3 and self.has("weight"):  # |e|²(|a|² + 1)
+            inputs = _squares(self.a)
+            return _squares(self.e) * (inputs + 1 if self.has("bias") else inputs)
+        squares = self.weight_squares() if self.has("weight") else None
+        if self.has("bias"):
+            squares = self.bias_squares() if squares is None else squares + self.bias_squares()
+        assert squares is not None, "a layer without trainable parameters is not stacked"
+        return squares
+
+    def weight_sum(self, weighted: torch.Tensor) -> torch.Tensor:
+        """Return the summed weight gradient `[G, out, in]`."""
+        return torch.bmm(weighted.flatten(1, -2).transpose(1, 2), self.a.flatten(1, -2))
+
+    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """See `StackedLayer.add_sums`."""
+        weighted = _weighted(self.e, factors)
+        if self.has("weight"):
+            target = self.slots["weight"].view(out)
+            target += self.weight_sum(weighted).view(target.shape)
+        if self.has("bias"):
+            target = self.slots["bias"].view(out)
+            target += weighted.flatten(1, -2).sum(1)
+
+
+class StackedLinear(_Affine):
+    """nn.Linear, with or without a sequence dimension."""
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `StackedLayer.compute`."""
+        weight = self._values["weight"]
+        a = self.grouped(x)
+        if a.dim() > 4:
+            a = a.flatten(2, -2)
+        out = self.rows_forward(a, weight, self.value("bias"))
+        return out.view(*x.shape[:-1], weight.shape[1])
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.catch`."""
+        self.e = e.reshape(*self.a.shape[:-1], e.shape[-1])
+        return self.rows_backward(self.e, self._values["weight"]) if input_needed else None
+
+
+class StackedConv(_Affine):
+    """nn.Conv1d and nn.Conv2d by unfolding: a convolution is a Linear layer over patches, one output pixel a row.
+
+    Rows are laid out kernel row, kernel column, channel, so that an unfolded patch is made of long contiguous runs.
+    """
+
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        frozen: Mapping[str, torch.Tensor],
+        *,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        one_dimensional: bool,
+    ) -> None:
+        super().__init__(slots, frozen)
+        self._kernel, self._stride, self._dilation, self._groups = kernel, stride, dilation, groups
+        self._padding = padding  # left, right, top, bottom
+        self._one_dimensional = one_dimensional
+        self._padded: tuple[int, ...] = ()
+
+    def _matrix(self) -> torch.Tensor:
+        """Return the weight as `[G·groups, out/groups, kh·kw·in/groups]`."""
+        weight = self._values["weight"]
+        if self._one_dimensional:
+            weight = weight.unsqueeze(3)
+        weight = weight.permute(0, 1, 3, 4, 2).flatten(2)
+        return _unflatten(weight, 1, self._groups, -1).flatten(0, 1) if self._groups > 1 else weight
+
+    def _split(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows `[G, B, T, groups·c]` as `[G·groups, B, T, c]`."""
+        if self._groups == 1:
+            return rows
+        return _unflatten(rows, 3, self._groups, -1).permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+    def _join(self, rows: torch.Tensor) -> torch.Tensor:
+        """Undo `_split`."""
+        if self._groups == 1:
+            return rows
+        return _unflatten(rows, 0, -1, self._groups).permute(0, 2, 3, 1, 4).flatten(3)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `StackedLayer.compute`."""
+        if self._one_dimensional:
+            x = x.unsqueeze(2)
+        (kh, kw), (sh, sw), (dh, dw) = self._kernel, self._stride, self._dilation
+        image = F.pad(x, self._padding).permute(0, 2, 3, 1).contiguous()  # [n, H, W, C]
+        n, height, width, channels = self._padded = tuple(image.shape)
+        oh, ow = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+        sn, s1, s2, s3 = image.stride()
+        patches = image.as_strided((n, oh, ow, kh, kw, channels), (sn, sh * s1, sw * s2, dh * s1, dw * s2, s3))
+        rows = patches.reshape(n, oh * ow, kh * kw, channels)
+        if self._groups > 1:  # put the group's channels of all kernel positions side by side
+            rows = _unflatten(rows, 3, self._groups, -1).transpose(2, 3)
+        a = self._split(self.grouped(rows.reshape(n, oh * ow, -1)))
+        bias = self._values.get("bias")
+        if bias is not None and self._groups > 1:
+            bias = _unflatten(bias, 1, self._groups, -1).flatten(0, 1)
+        out = self._join(self.rows_forward(a, self._matrix(), bias))
+        image_out = out.reshape(n, oh, ow, -1).permute(0, 3, 1, 2)
+        return image_out.squeeze(2) if self._one_dimensional else image_out
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.catch`."""
+        if self._one_dimensional:
+            e = e.unsqueeze(2)
+        oh, ow = e.shape[2:]
+        self.e = self._split(self.grouped(e.permute(0, 2, 3, 1).flatten(1, 2)))
+        if not input_needed:
+            return None
+        (kh, kw), (sh, sw), (dh, dw) = self._kernel, self._stride, self._dilation
+        n, height, width, channels = self._padded
+        patches = self._join(self.rows_backward(self.e, self._matrix())).reshape(n, oh, ow, -1)
+        if self._groups > 1:
+            patches = _unflatten(patches, 3, self._groups, kh * kw, -1).transpose(3, 4).reshape(n, oh, ow, -1)
+        patches = patches.view(n, oh, ow, kh, kw, channels)
+        image = patches.new_zeros(n, height, width, channels)
+        for i in range(kh):
+            for j in range(kw):
+                rows = slice(i * dh, i * dh + sh * (oh - 1) + 1, sh)
+                columns = slice(j * dw, j * dw + sw * (ow - 1) + 1, sw)
+                image[:, rows, columns] += patches[:, :, :, i, j]
+        left, right, top, bottom = self._padding
+        inner: torch.Tensor = image[:, top : height - bottom, left : width - right].permute(0, 3, 1, 2)
+        return inner.contiguous()
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `StackedLayer.squared_norms`; the groups of a convolution are layers of their own."""
+        squares = super().squared_norms()
+        return _unflatten(squares, 0, -1, self._groups).sum(1) if self._groups > 1 else squares
+
+    def select(self, keep: torch.Tensor) -> None:
+        """See `StackedLayer.select`."""
+        super().select(keep.repeat_interleave(self._groups, 0) if self._groups > 1 else keep)
+
+    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """See `StackedLayer.add_sums`."""
+        if factors is not None and self._groups > 1:
+            factors = factors.repeat_interleave(self._groups, 0)
+        weighted = _weighted(self.e, factors)
+        gateways = len(out)
+        if self.has("weight"):
+            target = self.slots["weight"].view(out)
+            kh, kw = self._kernel
+            summed = self.weight_sum(weighted).view(gateways, target.shape[1], kh, kw, -1).permute(0, 1, 4, 2, 3)
+            target += summed.squeeze(3) if self._one_dimensional else summed
+        if self.has("bias"):
+            target = self.slots["bias"].view(out)
+            target += weighted.flatten(1, -2).sum(1).view(target.shape)
+
+
+class StackedScale(StackedLayer):
+    """y = w ⊙ x̂ + b over normalised values: the affine part of LayerNorm, RMSNorm and GroupNorm.
+
+    Args:
+        slots: See `StackedLayer`.
+        frozen: See `StackedLayer`.
+        normalize: Maps the layer's input to x̂; autograd differentiates it.
+        channel_dim: True when w runs over dimension 1 (GroupNorm), False when over the last ones.
+    """
+
+    def __init__(
+        self, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor], *, normalize: Any, channel_dim: bool
+    ) -> None:
+        super().__init__(slots, frozen)
+        self._normalize = normalize
+        self._channel_dim = channel_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise, then scale with each gateway's own weights."""
+        return super().forward(self._normalize(x))
+
+    def _spread(self, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return `[G, *shape]` so that it broadcasts over x `[G, B, …]`."""
+        inner = x.dim() - 2
+        if self._channel_dim:
+            return value.view(len(value), 1, value.shape[1], *([1] * (inner - 1)))
+        return value.view(len(value), 1, *([1] * (inner - (value.dim() - 1))), *value.shape[1:])
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `StackedLayer.compute`."""
+        self.a = self.grouped(x)
+        out: torch.Tensor = self.a * self._spread(self._values["weight"], self.a)
+        bias = self.value("bias")
+        if bias is not None:
+            out = out + self._spread(bias, self.a)
+        return out.flatten(0, 1)
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.catch`."""
+        self.e = self.grouped(e)
+        return (self.e * self._spread(self._values["weight"], self.e)).flatten(0, 1) if input_needed else None
+
+    def _per_record(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """Sum values `[G, B, …]` over the dimensions that the parameter does not have: `[G, B, D]`."""
+        if self._channel_dim:
+            return values.flatten(3).sum(3) if values.dim() > 3 else values
+        size = math.prod(self.slots[name].shape)
+        return _unflatten(values.flatten(2), 2, -1, size).sum(2)
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        found = {}
+        if self.has("weight"):
+            found["weight"] = self._per_record(self.e * self.a, "weight")
+        if self.has("bias"):
+            found["bias"] = self._per_record(self.e, "bias")
+        return found
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `StackedLayer.squared_norms`."""
+        return torch.stack([_squares(gradient) for gradient in self._gradients().values()]).sum(0)
+
+    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """See `StackedLayer.add_sums`."""
+        for name, gradient in self._gradients().items():
+            target = self.slots[name].view(out)
+            target += _weighted(gradient, factors).sum(1).view(target.shape)
+
+
+class StackedEmbedding(StackedLayer):
+    """nn.Embedding: a is `[G, B, T]` token indices, e `[G, B, T, D]`."""
+
+    def __init__(
+        self, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor], *, padding_index: int | None
+    ) -> None:
+        super().__init__(slots, frozen)
+        self._padding_index = padding_index
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `StackedLayer.compute`."""
+        weight = self._values["weight"]
+        tokens = self.grouped(x).flatten(1)
+        self.a = tokens.view(len(tokens), -1, math.prod(x.shape[1:]))
+        out = torch.gather(weight, 1, tokens.unsqueeze(2).expand(-1, -1, weight.shape[2]))
+        return out.view(*x.shape, weight.shape[2])
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.catch`; token indices have no gradient."""
+        self.e = e.reshape(*self.a.shape, e.shape[-1])
+        if self._padding_index is not None:
+            self.e = torch.where((self.a == self._padding_index).unsqueeze(3), 0.0, self.e)
+        return None
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `StackedLayer.squared_norms`; tokens that occur twice in a record add up."""
+        tokens, e = self.a.flatten(0, 1), self.e.flatten(0, 1)
+        same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
+        squares: torch.Tensor = (
+            (torch.bmm(e, e.transpose(1, 2)) * same).sum((1, 2)).clamp_min_(0).view(self.a.shape[:2])
+        )
+        return squares
+
+    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """See `StackedLayer.add_sums`."""
+        weighted = _weighted(self.e, factors).flatten(1, 2)
+        index = self.a.flatten(1).unsqueeze(2).expand_as(weighted)
+        target = self.slots["weight"].view(out)
+        target.scatter_add_(1, index, weighted)
+
+
+def _linear(module: nn.Linear, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    return StackedLinear(slots, frozen)
+
+
+def _conv(module: nn.Conv1d | nn.Conv2d, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    if module.padding_mode != "zeros":
+        raise Unsupported(f"padding_mode {module.padding_mode!r} is not proven")
+    one = isinstance(module, nn.Conv1d)
+    kernel, stride, dilation = (_two(value) for value in (module.kernel_size, module.stride, module.dilation))
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        top, left = total[0] // 2, total[1] // 2
+        padding = (left, total[1] - left, top, total[0] - top)
+    elif module.padding == "valid":
+        padding = (0, 0, 0, 0)
+    else:
+        amounts = _two(module.padding, missing=0)
+        padding = (amounts[1], amounts[1], amounts[0], amounts[0])
+    return StackedConv(
+        slots,
+        frozen,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=module.groups,
+        one_dimensional=one,
+    )
+
+
+def _two(sizes: Any, missing: int = 1) -> tuple[int, int]:
+    """Return (vertical, horizontal) of a convolution's setting; one-dimensional ones lie in a single row."""
+    return (missing, int(sizes[0])) if len(sizes) == 1 else (int(sizes[0]), int(sizes[1]))
+
+
+def _layer_norm(module: nn.LayerNorm, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    shape, eps = module.normalized_shape, module.eps
+    return StackedScale(slots, frozen, normalize=lambda x: F.layer_norm(x, shape, None, None, eps), channel_dim=False)
+
+
+def _rms_norm(module: nn.RMSNorm, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    shape, eps = list(module.normalized_shape), module.eps
+    return StackedScale(slots, frozen, normalize=lambda x: F.rms_norm(x, shape, None, eps), channel_dim=False)
+
+
+def _group_norm(module: nn.GroupNorm, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    groups, eps = module.num_groups, module.eps
+    return StackedScale(slots, frozen, normalize=lambda x: F.group_norm(x, groups, None, None, eps), channel_dim=True)
+
+
+def _embedding(module: nn.Embedding, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise Unsupported("max_norm, scale_grad_by_freq and sparse are not proven")
+    return StackedEmbedding(slots, frozen, padding_index=module.padding_idx)
+
+
+KINDS: dict[type[nn.Module], Any] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+}
+"""The proven list: how each kind of leaf layer is stacked. Subclasses are not on it: their forward may differ."""
+
+DRAWING = (
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
+"""Modules that draw random numbers; they run in the reference trainer only."""
