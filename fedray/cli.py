@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import io
 import signal
 import sys
@@ -24,6 +25,10 @@ weights and run code, so keep the cluster on a private network with token authen
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
 
 
+COMMANDS: dict[str, str] = {}
+"""Sub-commands by their first word, and the module whose main(arguments) runs each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine(RunConfig):
     config: Path | None = None
@@ -39,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if arguments and arguments[0] in COMMANDS:
+            return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
         return _run(parse(arguments))
     except FedrayError as error:
         if isinstance(error, GatewayError) and error.details:

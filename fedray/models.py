@@ -167,17 +167,20 @@ def check_record_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, l
     """
     from opacus import GradSampleModule  # slow import: only models of the user's own need it here
 
-    whole = _copy(model).eval()  # no Dropout: both passes must draw alike
+    whole = _copy(model).train()
+    seed = torch.initial_seed()  # of the caller's fork; both passes must draw alike
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on hooks and vmap, for developers of layers
         try:
-            records = GradSampleModule(_copy(model).eval(), loss_reduction="sum")
+            records = GradSampleModule(_copy(model).train(), loss_reduction="sum")
+            torch.manual_seed(seed)
             loss(records(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
         except Exception as error:  # opacus, or the user's code under its hooks, may raise anything
             raise InputError(
                 f"--model: Opacus cannot take its gradient record by record ({type(error).__name__}: {error}); use other "
                 "layers, --fix-model, or --noise-level gateway."
             ) from error
+        torch.manual_seed(seed)
         loss(whole(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
     for (name, parameter), single in zip(whole.named_parameters(), records._module.parameters(), strict=True):
         if parameter.grad is None:

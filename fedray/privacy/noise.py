@@ -59,7 +59,7 @@ def aggregate_noise(
     Guarantee:
         Added once to a sum of updates clipped to C, it makes the round mu = 1/sigma GDP for leaving one gateway out.
     """
-    label = hashlib.sha256(repr([tuple(pair) for pair in arrived]).encode()).hexdigest()
+    label = hashlib.sha256(repr([(int(first), int(last)) for first, last in arrived]).encode()).hexdigest()
     key = derive_key(keys.key(_AGGREGATE, 0), label)
     out = np.empty((1, num_params), np.float32)
     fill_normals([Stream(key)], 0, out, spec.noise_std)
