@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.errors import RunFailedError
+from fedray.params import Layout
+
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """What one actor answers for a round.
+
+    Args:
+        gateways: Ids, one row each.
+        updates: `[G, P]`; clipped at the `gateway` level. None when the stack would be large: then `total` stands for it.
+        weights: One a gateway, or None for 1 each (record counts leave a gateway only when the user asked for it).
+        layout_digest: Of the model that made the updates.
+        total: `[P]`, the weighted sum of the updates in gateway order, or None.
+        failures: What was wrong with the gateways that were left out, a sentence each.
+    """
+
+    gateways: tuple[int, ...]
+    updates: npt.NDArray[np.float32] | None
+    weights: tuple[float, ...] | None
+    layout_digest: str
+    total: npt.NDArray[np.float64] | None = None
+    failures: tuple[str, ...] = ()
 
 
 def weighted_sum(
@@ -33,6 +58,59 @@ def weighted_sum(
     for row, weight in zip(rows, weights, strict=True):
         total += row if weight == 1.0 else row * np.float64(weight)
     return total
+
+
+def gather(
+    results: Sequence[GroupResult], layout: Layout, device: torch.device
+) -> tuple[Float64Array, float, list[int]]:
+    """Add up the groups' updates in gateway order.
+
+    Args:
+        results: In gateway order.
+        layout: Of the orchestrator's model.
+        device: Where to add up.
+
+    Returns:
+        The sum `[P]`, the sum of the weights, and the gateways that arrived.
+
+    Raises:
+        RunFailedError: A group answered with another layout or shape, or with a sum that is not finite.
+    """
+    total = np.zeros(layout.num_params, np.float64)
+    weight = 0.0
+    for result in results:
+        if not result.gateways:
+            continue
+        _check(result, layout)
+        weights = result.weights or [1.0] * len(result.gateways)
+        weight += sum(weights)
+        if result.updates is not None:
+            weighted_sum(list(result.updates), weights, device, total)
+        elif result.total is not None:
+            total += result.total
+    return total, weight, [gateway for result in results for gateway in result.gateways]
+
+
+def _check(result: GroupResult, layout: Layout) -> None:
+    names = f"gateways {result.gateways[0]}–{result.gateways[-1]}"
+    if result.layout_digest != layout.digest:
+        raise RunFailedError(
+            f"{names} answered with another model layout than the orchestrator's; all machines must run the same code."
+        )
+    values: npt.NDArray[Any] | None = result.updates
+    wanted: tuple[int, ...] = (len(result.gateways), layout.num_params)
+    if result.total is not None:
+        values, wanted = result.total, wanted[1:]
+    if values is None or values.shape != wanted:
+        shape = None if values is None else values.shape
+        raise RunFailedError(
+            f"{names} answered with an array of shape {shape} instead of {wanted}; it was not averaged."
+        )
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(axis=1)).tolist() if finite.ndim == 2 else []
+        culprits = f"gateway {', '.join(str(result.gateways[row]) for row in bad)}" if bad else names
+        raise RunFailedError(f"{culprits} answered with NaN or infinite values; they were not averaged.")
 
 
 @dataclass

@@ -1,16 +1,20 @@
-"""A run directory: created by one rename, appended to durably, its checkpoint replaced atomically.
+"""A run directory: created by one rename, appended to durably, its checkpoints replaced atomically, read back with care.
 
-Knows how bytes reach the disk, not what they mean.
+Knows how bytes reach the disk and whether they are still the same, not what they mean. A checkpoint is a directory of its
+own that appears by one rename and describes all it depends on: config, metrics so far, ledger so far, keys. What does not
+agree with the newest good checkpoint is damaged, and is named.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from fedray.errors import RunFailedError
+from fedray.errors import DamagedRunError, InputError, RunFailedError
+from fedray.privacy.ledger import Ledger
+from fedray.privacy.ledger import read as read_ledger
+from fedray.streams import commitment
 
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it should the newest be damaged
+_STATE, _DESCRIPTION, _ROUND_KEY = "state.safetensors", "state.json", "round.key"
+_SETUP_KEY, _LEDGER_HEAD, _IDENTITY = "setup.key", "ledger.json", "identity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +43,45 @@ class Checkpoint:
 
     Args:
         round: The last finished round (0: none yet).
+        generation: How often the run was extended.
         params: `[P]`.
-        setup_key: Key of everything drawn once.
-        round_key: k_round; earlier round keys cannot be found from it.
+        round_key: k_round, from which later round keys follow; None when it was not kept.
         ledger_length: Lines of the ledger when this state was reached.
         ledger_head: Their chained hash.
+        card: Content of config.json.
     """
 
     round: int
+    generation: int = 0
     params: npt.NDArray[np.float32]
-    setup_key: bytes
-    round_key: bytes
+    round_key: bytes | None
     ledger_length: int
     ledger_head: str
+    card: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its directory; later states sort after earlier ones."""
+        return f"{self.round:08d}-{self.generation:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a run directory holds, checked.
+
+    Args:
+        checkpoint: The newest good one.
+        setup_key: Key of everything drawn once.
+        ledger: All that was charged.
+        history: The metrics records up to the checkpoint's round.
+        finished: Whether the run is complete.
+    """
+
+    checkpoint: Checkpoint
+    setup_key: bytes
+    ledger: Ledger
+    history: list[dict[str, Any]]
+    finished: bool
 
 
 class RunDirectory:
@@ -52,10 +89,19 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._metrics_hash = hashlib.sha256()
+        self._metrics_size = 0
+        self._setup_commitment: str | None = None
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], state: Checkpoint) -> RunDirectory:
+    def create(cls, path: Path, setup_key: bytes, state: Checkpoint, identity: Mapping[str, Any]) -> RunDirectory:
         """Create the directory with its config, empty ledger and metrics, and a round-0 checkpoint, by one rename.
+
+        Args:
+            path: Of the directory.
+            setup_key: Kept for resuming (mode 0600).
+            state: Before the first round.
+            identity: Digests of model and test data, MACs of shards, see `differences`.
 
         Raises:
             RunFailedError: The disk refuses.
@@ -63,13 +109,18 @@ class RunDirectory:
         path = path.absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            building = cls(Path(tempfile.mkdtemp(prefix=".fedray-", dir=path.parent)))
+            _sweep(path.parent)
+            building = cls(Path(tempfile.mkdtemp(prefix=f".fedray-{os.getpid()}-", dir=path.parent)))
             try:
                 building.path.chmod(0o755)
-                building.write_json("config.json", config)
+                building.write_json("config.json", state.card)
                 for name in ("ledger.jsonl", "metrics.jsonl"):
                     _write(building.path / name, b"")
                 (building.path / "checkpoint").mkdir()
+                _write(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
+                _write(building.path / "checkpoint" / _IDENTITY, _sealed(identity))
+                building.note_ledger(state.ledger_length, state.ledger_head)
+                building._setup_commitment = commitment(setup_key)
                 building.save(state)
                 if path.exists():
                     path.rmdir()  # an empty directory that the user made
@@ -80,40 +131,139 @@ class RunDirectory:
                 raise
         except OSError as error:
             raise RunFailedError(f"--out {path} cannot be written ({error}); choose another place.") from error
-        return cls(path)
+        created = cls(path)
+        created._setup_commitment = commitment(setup_key)
+        return created
 
     @property
     def ledger(self) -> Path:
         """Path of the ledger."""
         return self.path / "ledger.jsonl"
 
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; the operating system lets go when the process ends, however it ends.
+
+        Raises:
+            InputError: Another process holds it.
+        """
+        root = self.path / "checkpoint"
+        if not root.is_dir():
+            raise InputError(f"{self.path} is no run directory (it has no checkpoint folder); check the path.")
+        with contextlib.ExitStack() as stack:
+            # The folder itself: it is never replaced, and locking it leaves no file behind.
+            file = os.open(root, os.O_RDONLY)
+            stack.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} is in use by another process; wait for it to end, or stop it."
+                ) from error
+            yield
+
+    def note_ledger(self, length: int, head: str) -> None:
+        """Remember the ledger's length and head outside of it, so that a line lost at its end is found."""
+        _replace(
+            self.path / "checkpoint" / _LEDGER_HEAD, _sealed({"length": length, "head": head}), sync_directory=False
+        )
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one round's line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        """Append one round's line to metrics.jsonl, durably: the checkpoint that follows counts on it."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        with self._metrics.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._metrics_hash.update(line)
+        self._metrics_size += len(line)
+
+    def append_private(self, record: Mapping[str, Any]) -> None:
+        """Append a line to private.jsonl (mode 0600): what only the orchestrator may know."""
+        descriptor = os.open(self.path / "private.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write((json.dumps(record) + "\n").encode())
 
     def save(self, state: Checkpoint) -> None:
         """Write a checkpoint beside the last one, then drop those before that."""
         root = self.path / "checkpoint"
-        building = root / f".{state.round:08d}"
+        building, final = root / f".{state.name}", root / state.name
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(mode=0o700)
         arrays = save_arrays({"params": state.params})
-        _write(building / "state.safetensors", arrays)
+        _write(building / _STATE, arrays)
         description = {
             "round": state.round,
+            "generation": state.generation,
             "ledger_length": state.ledger_length,
             "ledger_head": state.ledger_head,
             "state_sha256": hashlib.sha256(arrays).hexdigest(),
+            "metrics_size": self._metrics_size,
+            "metrics_sha256": self._metrics_hash.hexdigest(),
+            "setup_key_commitment": self._setup_commitment,
+            "round_key_commitment": None if state.round_key is None else commitment(state.round_key),
+            "config": dict(state.card),
         }
-        _write(building / "state.json", json.dumps(description).encode())
-        _write(building / "key", (state.setup_key + state.round_key).hex().encode(), mode=0o600)
-        final = root / f"{state.round:08d}"
+        _write(building / _DESCRIPTION, _sealed(description))
+        if state.round_key is not None:
+            _write(building / _ROUND_KEY, state.round_key.hex().encode(), mode=0o600)
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
         _sync_directory(root)
-        for old in sorted(entry for entry in root.iterdir() if entry.name.isdigit())[:-_KEPT_CHECKPOINTS]:
+        for old in _checkpoints(root)[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
+
+    def restore(self) -> Restored:
+        """Read the newest good checkpoint and bring ledger, metrics and config to agree with it.
+
+        Raises:
+            DamagedRunError: A file is missing or damaged beyond what the last two checkpoints can make good.
+        """
+        root = self.path / "checkpoint"
+        ledger = self._read_ledger()
+        problems = []
+        for folder in reversed(_checkpoints(root)):
+            try:
+                checkpoint, description = _read_checkpoint(folder)
+                setup_key = _read_key(root / _SETUP_KEY, description["setup_key_commitment"])
+                history = self._read_metrics(description)
+            except DamagedRunError as error:
+                problems.append(str(error))
+                continue
+            if not ledger.holds(checkpoint.ledger_length, checkpoint.ledger_head):
+                raise DamagedRunError(
+                    f"{self.ledger}: {len(ledger)} lines do not continue the {checkpoint.ledger_length} that checkpoint "
+                    f"{folder.name} counted; lines were changed or lost: restore the file."
+                )
+            self._setup_commitment = description["setup_key_commitment"]
+            self._trim_metrics(description["metrics_size"])
+            if not _same_json(self.path / "config.json", checkpoint.card):
+                self.write_json("config.json", checkpoint.card)
+            return Restored(
+                checkpoint=checkpoint,
+                setup_key=setup_key,
+                ledger=ledger,
+                history=history,
+                finished=(self.path / "privacy.json").exists() and checkpoint.round_key is None,
+            )
+        raise DamagedRunError(problems[0] if problems else f"{root} holds no checkpoint; restore it.")
+
+    def differences(self, identity: Mapping[str, Any]) -> list[str]:
+        """Return the names of what is not the same as when the run began.
+
+        Raises:
+            DamagedRunError: The record of what it was is damaged.
+        """
+        path = self.path / "checkpoint" / _IDENTITY
+        try:
+            before = _unsealed(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
+        return sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file atomically."""
@@ -127,8 +277,116 @@ class RunDirectory:
 
     def forget_keys(self) -> None:
         """Unlink the round keys: what was drawn can no longer be drawn again."""
-        for key in (self.path / "checkpoint").glob("*/key"):
+        for key in (self.path / "checkpoint").glob(f"*/{_ROUND_KEY}"):
             key.unlink()
+
+    def reopen(self) -> None:
+        """Drop what only a finished run holds, because more rounds follow."""
+        for name in ("manifest.json", "privacy.json", "model.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _read_ledger(self) -> Ledger:
+        ledger, path = read_ledger(self.ledger), self.path / "checkpoint" / _LEDGER_HEAD
+        try:
+            noted = _unsealed(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
+        if not ledger.holds(noted["length"], noted["head"]):
+            raise DamagedRunError(
+                f"{self.ledger} has {len(ledger)} lines that do not continue the {noted['length']} that were written; "
+                "lines were changed or lost: restore the file."
+            )
+        return ledger
+
+    def _read_metrics(self, description: Mapping[str, Any]) -> list[dict[str, Any]]:
+        size = int(description["metrics_size"])
+        try:
+            raw = self._metrics.read_bytes()[:size]
+        except OSError as error:
+            raise DamagedRunError(f"{self._metrics} cannot be read ({error}); restore the file.") from error
+        if len(raw) != size or hashlib.sha256(raw).hexdigest() != description["metrics_sha256"]:
+            raise DamagedRunError(
+                f"{self._metrics} is not what the checkpoint counted; lines were changed or lost: restore it."
+            )
+        self._metrics_hash, self._metrics_size = hashlib.sha256(raw), size
+        return [json.loads(line) for line in raw.splitlines()]
+
+    def _trim_metrics(self, size: int) -> None:
+        if self._metrics.stat().st_size > size:
+            with self._metrics.open("r+b") as file:
+                file.truncate(size)
+                os.fsync(file.fileno())
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _read_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    try:
+        description = _unsealed((folder / _DESCRIPTION).read_bytes())
+        arrays = (folder / _STATE).read_bytes()
+    except (OSError, ValueError) as error:
+        raise DamagedRunError(
+            f"{folder / _DESCRIPTION} or {_STATE} is damaged ({error}); restore the folder."
+        ) from error
+    if hashlib.sha256(arrays).hexdigest() != description["state_sha256"]:
+        raise DamagedRunError(f"{folder / _STATE} is damaged; restore the file.")
+    expected = description["round_key_commitment"]
+    key = None
+    if expected is not None and (folder / _ROUND_KEY).exists():
+        key = _read_key(folder / _ROUND_KEY, expected)
+    try:
+        params = load_arrays(arrays)["params"]
+    except (SafetensorError, KeyError) as error:
+        raise DamagedRunError(f"{folder / _STATE} is damaged ({error}); restore the file.") from error
+    checkpoint = Checkpoint(
+        round=description["round"],
+        generation=description["generation"],
+        params=params,
+        round_key=key,
+        ledger_length=description["ledger_length"],
+        ledger_head=description["ledger_head"],
+        card=description["config"],
+    )
+    return checkpoint, description
+
+
+def _read_key(path: Path, expected: str | None) -> bytes:
+    try:
+        key = bytes.fromhex(path.read_bytes().decode("ascii"))
+    except (OSError, ValueError) as error:
+        raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
+    if not key or commitment(key) != expected:
+        raise DamagedRunError(f"{path} is damaged: it is not the key that the run used; restore the file.")
+    return key
+
+
+def _sealed(value: Mapping[str, Any]) -> bytes:
+    body = json.dumps(value, allow_nan=False)
+    return (body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode()
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    body, seal, *rest = data.split(b"\n")
+    if rest != [b""] or hashlib.sha256(body).hexdigest().encode() != seal:
+        raise ValueError("its checksum does not fit")
+    return json.loads(body)  # type: ignore[no-any-return]  # sealed by us
+
+
+def _same_json(path: Path, value: Mapping[str, Any]) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes()) == value)
+    except (OSError, ValueError):
+        return False
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what a killed process left of a directory that it had not finished creating."""
+    for left in parent.glob(".fedray-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -139,11 +397,12 @@ def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes, sync_directory: bool = True) -> None:
     building = path.with_name(f".{path.name}")
     _write(building, data)
     building.replace(path)
-    _sync_directory(path.parent)
+    if sync_directory:
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

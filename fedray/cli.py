@@ -25,7 +25,11 @@ weights and run code, so keep the cluster on a private network with token authen
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
 
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "plan": "fedray.commands.plan",
+    "report": "fedray.commands.report",
+    "verify": "fedray.commands.verify",
+}
 """Sub-commands by their first word, and the module whose main(arguments) runs each."""
 
 
@@ -46,11 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
-        return _run(parse(arguments))
+        return _run(parse(arguments), explicit_fields(arguments))
     except FedrayError as error:
         if isinstance(error, GatewayError) and error.details:
             print(error.details.rstrip(), file=sys.stderr)
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: the round under way was abandoned; what was written is intact.", file=sys.stderr)
@@ -86,7 +92,15 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     return RunConfig(**{field.name: getattr(settings, field.name) for field in fields(RunConfig)})
 
 
-def _run(config: RunConfig) -> int:
+def explicit_fields(arguments: Sequence[str]) -> set[str]:
+    """Return the names of the settings that arguments, or the TOML file they name, give a value to."""
+    path = _file(arguments)
+    given = [*([] if path is None else _file_arguments(path)), *arguments]
+    names = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in given}
+    return {field.name for field in fields(RunConfig)} & names
+
+
+def _run(config: RunConfig, explicit: set[str]) -> int:
     # torch takes a second to import: --help and bad flags answer without it.
     from fedray.dry_run import dry_run
     from fedray.orchestrator import Orchestrator
@@ -97,7 +111,7 @@ def _run(config: RunConfig) -> int:
         if config.dry_run:
             dry_run(config)
         else:
-            Orchestrator(config=config, progress=terminal).run()
+            Orchestrator(config=config, progress=terminal, explicit=explicit).run()
     finally:
         terminal.close()
     return 0

@@ -70,6 +70,22 @@ class RunConfig:
     """Trainer: stacked (all gateways of an actor in one step), opacus (reference, one by one); auto: stacked if proven."""
     memory_limit: int | None = None
     """Memory that one actor's training may take, in MiB (default: its share of half the machine's or GPU's memory)."""
+    participation: float = 1.0
+    """Chance of each gateway to take part in a round, independently (Poisson)."""
+    max_failures: int = 10
+    """How many lost actors a run replaces before it gives up; 0: none."""
+    round_timeout: float = 3600.0
+    """Seconds that a round may take; what has not answered by then counts as failed."""
+    on_failure: Literal["fail", "drop"] = "fail"
+    """What a failed gateway means: the end of the run, or a round without it (charged all the same)."""
+    max_update_norm: float | None = None
+    """Refuse updates whose L2 norm is larger (default: any finite update is taken)."""
+    no_keep_key: bool = False
+    """Keep the round keys in memory only: a stopped run cannot be resumed, its directory gives no noise away."""
+    track: Literal["none", "tensorboard"] = "none"
+    """Also write the metrics for TensorBoard into the run directory."""
+    resume: Path | None = None
+    """Go on with this run directory; with --rounds, extend a finished run to that many rounds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gateways train; auto takes GPUs where there are any."""
     out: Path | None = None
@@ -217,6 +233,18 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("batch_size", _COUNT, _is_count),
     ("samples_per_gateway", _COUNT, _is_count),
     ("memory_limit", _COUNT, _is_count),
+    (
+        "participation",
+        "a number above 0 and at most 1",
+        lambda value: _is_number(value) and 2.0**-32 <= value <= 1,
+    ),
+    (
+        "max_failures",
+        "a whole number of at least 0",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    ),
+    ("round_timeout", _POSITIVE, _is_positive),
+    ("max_update_norm", _POSITIVE, _is_positive),
     ("lr", _POSITIVE, _is_positive),
     (
         "noise_multiplier",
@@ -245,5 +273,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weights": ("uniform", "records"),
     "pool": ("ray", "inline"),
     "engine": ("auto", "stacked", "opacus"),
+    "on_failure": ("fail", "drop"),
+    "track": ("none", "tensorboard"),
     "device": ("auto", "cpu", "cuda"),
 }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedray.config import RunConfig
-from fedray.orchestrator import plan_rows
 from fedray.plan import UserParts, prepare
 from fedray.privacy import accounting
 from fedray.progress import Terminal
+from fedray.summary import privacy_rows
 
 
 def dry_run(config: RunConfig) -> None:
@@ -25,7 +25,7 @@ def dry_run(config: RunConfig) -> None:
         ("where", where),
         ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps"),
         ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters"),
-        *plan_rows(plan, accounting.guarantees(plan.spec, plan.charges)),
+        *privacy_rows(plan, accounting.guarantees(plan.spec, plan.charges)),
     ]
     terminal = Terminal()
     terminal.start("fedray --dry-run: nothing was trained or written", rows, plan.warnings())

@@ -39,6 +39,12 @@ class GatewayError(RunFailedError):
         return self.message
 
 
+class RunInterruptedError(FedrayError):
+    """The user stopped a run (Ctrl-C or SIGTERM); the round under way was abandoned."""
+
+    exit_code = 130
+
+
 class BudgetExhaustedError(FedrayError):
     """The next round would pass --max-epsilon; it was refused before it ran."""
 

@@ -97,12 +97,26 @@ def fix(model: nn.Module) -> nn.Module:
     """Replace what Opacus' ModuleValidator can replace (BatchNorm by GroupNorm, LSTM by DPLSTM, …)."""
     from opacus.validators import ModuleValidator  # slow import, needed here alone
 
+    if isinstance(model, nn.BatchNorm1d):
+        return _group_norm(model.num_features)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm1d):
+                setattr(module, name, _group_norm(child.num_features))
     try:
         return ModuleValidator.fix(model)  # type: ignore[no-any-return]  # opacus is untyped
     except Exception as error:  # opacus raises many kinds for layers that it cannot replace
         raise InputError(
             f"--fix-model: Opacus cannot replace a layer of this model ({error}); replace it yourself."
         ) from error
+
+
+def _group_norm(num_features: int) -> nn.GroupNorm:
+    """Return what replaces a BatchNorm1d; Opacus would make groups of one feature, each of which normalises to zero."""
+    groups = max(
+        number for number in range(1, 33) if number == 1 or (num_features % number == 0 and num_features >= 4 * number)
+    )
+    return nn.GroupNorm(groups, num_features)
 
 
 def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,16 @@ from fedray.config import RunConfig
 from fedray.data import source
 from fedray.data.shards import RecordRules, as_arrays
 from fedray.data.source import Federation
+from fedray.data.toy import ToyShards
 from fedray.errors import InputError
 from fedray.params import Layout
-from fedray.pool.pool import Pool
-from fedray.pool.worker import Engine, WorkerSetup
+from fedray.pool.pool import Patience, Pool
+from fedray.pool.worker import Engine, WorkerSetup, shard_mac
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
 
@@ -38,7 +39,8 @@ class Plan:
 
     Args:
         config: With a resolved noise multiplier.
-        root_key: Yields all other keys.
+        setup_key: Key of everything drawn once.
+        first_round_key: k_0 of a fresh run.
         spec: The public privacy constants.
         federation: The data.
         model: With its initial state.
@@ -50,7 +52,8 @@ class Plan:
     """
 
     config: RunConfig
-    root_key: bytes
+    setup_key: bytes
+    first_round_key: bytes
     spec: PrivacySpec
     federation: Federation
     model: torch.nn.Module
@@ -114,7 +117,41 @@ class Plan:
             return InlinePool(self.setup, config.gateways, config.gateways_per_actor, config.device)
         from fedray.pool.ray_pool import RayPool
 
-        return RayPool(self.setup, config.gateways, config.gateways_per_actor, config.device, config.ray_address)
+        return RayPool(
+            self.setup,
+            config.gateways,
+            config.gateways_per_actor,
+            config.device,
+            config.ray_address,
+            Patience(
+                max_failures=config.max_failures, round_timeout_s=config.round_timeout, drop=config.on_failure == "drop"
+            ),
+        )
+
+    def identity(self, lazy_shards: dict[int, str]) -> dict[str, str]:
+        """Return what must be the same when the run is resumed: digests of public parts, MACs of private ones.
+
+        Args:
+            lazy_shards: MACs of shards that were loaded where gateways train.
+        """
+        found = {"model": _digest(self.model.state_dict().values())}
+        if self.federation.test is not None:
+            found["test data"] = _digest(torch.from_numpy(part) for part in self.federation.test)
+        if self.config.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):
+            macs = lazy_shards
+            if not self.federation.lazy:
+                macs = {i: shard_mac(self.setup_key, *self.federation.shards[i]) for i in range(self.config.gateways)}
+            found |= {f"shard {index}": value for index, value in macs.items()}
+        return found
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        found.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +171,22 @@ class UserParts:
     loss: models.Loss | None = None
 
 
-def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) -> Plan:
+def prepare(
+    config: RunConfig, parts: UserParts, key: bytes | None = None, noise_multiplier: float | None = None
+) -> Plan:
     """Load data, build the model, check both, and calibrate the noise.
 
     Args:
         config: The settings.
         parts: What the caller brought.
-        root_key: None for a new one.
+        key: The setup key of a run that goes on; None for a fresh run.
+        noise_multiplier: Of a run that goes on, which never changes; None to take or find it from the settings.
 
     Raises:
         InputError: Anything in settings, data or model breaks a rule.
     """
-    root_key = new_root_key(config.seed) if root_key is None else root_key
-    key = setup_key(root_key)
+    root_key = new_root_key(config.seed)
+    key = setup_key(root_key) if key is None else key
     if parts.shards is None:
         federation = source.from_config(config, key)
     else:
@@ -168,10 +208,13 @@ def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) 
             batch_size=config.batch_size,
             sample_rate=config.batch_size / federation.nominal_records,
             local_steps=config.local_steps,
-            expected_cohort=float(config.gateways),
+            expected_cohort=config.gateways * config.participation,
             weights=config.weights,
+            participation=config.participation,
+            arrival_may_depend_on_data=config.on_failure == "drop",
         ),
         config,
+        noise_multiplier,
     )
     training = LocalTraining(
         privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
@@ -184,10 +227,13 @@ def prepare(config: RunConfig, parts: UserParts, root_key: bytes | None = None) 
         rules=rules,
         engine=engine,
         memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
+        max_update_norm=config.max_update_norm,
+        drop_failures=config.on_failure == "drop",
     )
     return Plan(
         config=config,
-        root_key=root_key,
+        setup_key=key,
+        first_round_key=first_round_key(root_key),
         spec=spec,
         federation=federation,
         model=model,
@@ -242,9 +288,9 @@ def _pair(federation: Federation, index: int) -> tuple[Any, Any]:
     return np.asarray(x), np.asarray(y)
 
 
-def _calibrated(spec: PrivacySpec, config: RunConfig) -> PrivacySpec:
-    from dataclasses import replace
-
+def _calibrated(spec: PrivacySpec, config: RunConfig, noise_multiplier: float | None) -> PrivacySpec:
+    if noise_multiplier is not None:
+        return replace(spec, noise_multiplier=noise_multiplier)
     charges = Charges(steps=config.rounds * config.local_steps, rounds=config.rounds)
     if config.target_epsilon is not None:
         try:
@@ -261,14 +307,3 @@ def _calibrated(spec: PrivacySpec, config: RunConfig) -> PrivacySpec:
                 "--noise-multiplier."
             )
     return spec
-
-
-def new_run_path(config: RunConfig) -> Path:
-    """Return --out, or runs/<UTC time>-<level>."""
-    from datetime import UTC, datetime
-
-    if config.out is not None:
-        return config.out
-    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{config.noise_level}"
-    candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{number}" for number in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())

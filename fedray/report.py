@@ -30,16 +30,31 @@ def versions() -> dict[str, str]:
     return found
 
 
-def config_card(config: RunConfig, spec: PrivacySpec) -> dict[str, Any]:
-    """Return the content of config.json: every field with its resolved value, versions and machine."""
+def config_card(config: RunConfig, spec: PrivacySpec, placement: str | None = None) -> dict[str, Any]:
+    """Return the content of config.json: every field with its resolved value, nominal shard size, placement, versions.
+
+    With the nominal shard size epsilon follows from this file and the ledger alone.
+    """
     resolved = config.as_dict()
     if level_of(spec).is_private:
         resolved["noise_multiplier"] = spec.noise_multiplier
     machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
-    return {"config": resolved, "versions": versions(), "machine": machine}
+    return {
+        "config": resolved,
+        "nominal_records": round(spec.batch_size / spec.sample_rate),
+        "placement": placement,
+        "versions": versions(),
+        "machine": machine,
+    }
 
 
-def not_covered(spec: PrivacySpec, disjoint: bool) -> list[str]:
+def _noise_source(spec: PrivacySpec, device: str) -> str:
+    if device == "cuda" and not level_of(spec).central_noise:
+        return "the GPU's Philox generator, seeded per gateway and step with 63 bits (weaker than AES)"
+    return "AES-256-CTR keystream, float32 normals by Box-Muller, radius from 64-bit words"
+
+
+def not_covered(spec: PrivacySpec, disjoint: bool, extended: bool) -> list[str]:
     """Return what no guarantee of the run covers, in plain words."""
     lines = [
         "other runs on the same records, and settings that were tuned on private data",
@@ -57,6 +72,12 @@ def not_covered(spec: PrivacySpec, disjoint: bool) -> list[str]:
         lines.append("records that several gateways hold: shards are assumed to be disjoint")
     if level_of(spec).central_noise:
         lines.append("the orchestrator itself: it sees updates before noise is added")
+    if extended:
+        lines.append("the choice to add rounds: they were added after results had been seen")
+    if spec.arrival_may_depend_on_data:
+        lines.append("which gateways were dropped: failures and time-outs may depend on data")
+    if spec.secret_participation and not spec.arrival_may_depend_on_data:
+        lines.append("whoever reads private.jsonl or the round key: they tell who took part, which is assumed secret")
     if spec.weights == "records":
         lines.append("the number of records of each gateway: weights reveal it")
     return lines
@@ -70,6 +91,8 @@ def privacy_card(
     *,
     disjoint: bool,
     rounds: int,
+    extended: bool,
+    device: str,
     digests: dict[str, str],
 ) -> dict[str, Any]:
     """Return the content of privacy.json.
@@ -81,6 +104,8 @@ def privacy_card(
         guarantees: What holds after them.
         disjoint: Whether fedray cut the shards itself.
         rounds: Finished rounds.
+        extended: Whether rounds were added to a finished run.
+        device: Kind of device that gateways trained on.
         digests: Of the files that the card speaks of.
     """
     seeded = config.seed is not None
@@ -96,7 +121,7 @@ def privacy_card(
         "delta": spec.delta,
         "guarantees": [guarantee.as_dict() for guarantee in guarantees],
         "rng": {
-            "noise": "AES-256-CTR keystream, float32 normals by Box-Muller, radius from 64-bit words",
+            "noise": _noise_source(spec, device),
             "root_key": "from --seed: simulation only, the noise is predictable" if seeded else "operating system",
             "simulation_only": seeded,
         },
@@ -106,7 +131,7 @@ def privacy_card(
             "batch size, sample rate and number of steps",
             "model, initial parameters and the held-out data",
         ],
-        "not_covered": not_covered(spec, disjoint),
+        "not_covered": not_covered(spec, disjoint, extended),
         "versions": versions(),
         "digests": digests,
     }

@@ -70,6 +70,22 @@ def next_round_key(round_key: bytes) -> bytes:
     return derive_key(round_key, "next round")
 
 
+def extension_root(key: bytes, seeded: bool, number: int) -> bytes:
+    """Return the root of the rounds that extension `number` (from 1) adds to a finished run.
+
+    Args:
+        key: The run's setup key.
+        seeded: Whether the run has a seed; then the root follows from it, else it comes from the operating system.
+        number: Which extension.
+    """
+    return derive_key(key, "extension", number) if seeded else secrets.token_bytes(KEY_BYTES)
+
+
+def commitment(key: bytes) -> str:
+    """Return a public value that identifies a key without giving it away."""
+    return derive_key(key, "commitment").hex()
+
+
 def mac(key: bytes, data: bytes) -> str:
     """Return the hexadecimal HMAC-SHA256 of private data (a plain hash would let outsiders test guesses)."""
     return hmac.new(derive_key(key, "mac"), data, hashlib.sha256).hexdigest()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.aggregation import GroupResult
 from fedray.pool.placement import groups_of
 from fedray.pool.pool import PoolInfo, members
-from fedray.pool.worker import GroupResult, Worker, WorkerSetup, resolve_device
+from fedray.pool.worker import Worker, WorkerSetup, resolve_device
 from fedray.streams import RoundKeys
 
 
@@ -31,6 +33,7 @@ class InlinePool:
         self._setup = setup
         self._device = resolve_device(device)
         self._worker: Worker | None = None
+        self._round: Any = None
 
     def describe(self) -> str:
         """See `Pool.describe`."""
@@ -46,15 +49,22 @@ class InlinePool:
             device=self._device.type,
         )
 
-    def load(self) -> None:
-        """Load and check all shards."""
+    def load(self, key: bytes) -> dict[int, str]:
+        """See `Pool.load`."""
+        found: dict[int, str] = {}
         for group in self._groups:
-            self._started().load(group)
+            found |= self._started().load(group, key)
+        return found
 
-    def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> Sequence[GroupResult]:
-        """See `Pool.train`."""
+    def begin(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> None:
+        """Remember the round; `collect` trains it, as there is but one thread."""
+        self._round = (keys, params, members(self._groups, cohort))
+
+    def collect(self) -> list[GroupResult]:
+        """See `Pool.collect`."""
+        keys, params, calls = self._round
         with _one_thread():
-            return [self._started().train(keys, params, ids) for _, ids in members(self._groups, cohort)]
+            return [self._started().train(keys, params, ids) for _, ids in calls]
 
     def close(self) -> None:
         """Drop the worker."""

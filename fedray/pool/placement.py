@@ -115,16 +115,18 @@ def _on_gpus(groups: Sequence[range], nodes: Sequence[Node], gpus: Sequence[int]
         raise InputError(
             f"{len(groups)} actors do not fit on {len(gpus)} GPUs and the cores beside them; raise --gateways-per-actor."
         )
+    shared = groups_of(len(groups), min(len(groups), len(gpus)))  # evenly: 17 actors leave none of 16 GPUs idle
+    hosts = [bundle for bundle, actors in enumerate(shared) for _ in actors]
     return Placement(
         actors=tuple(
             ActorSlot(
                 gateways=group,
-                node=gpus[index // per_gpu],
-                bundle=index // per_gpu,
+                node=gpus[bundle],
+                bundle=bundle,
                 num_cpus=cpu_share / UNITS,
                 num_gpus=gpu_share / UNITS,
             )
-            for index, group in enumerate(groups)
+            for group, bundle in zip(groups, hosts, strict=True)
         )
     )
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedray.pool.worker import GroupResult
+from fedray.aggregation import GroupResult
 from fedray.streams import RoundKeys
 
 
@@ -28,8 +28,23 @@ class PoolInfo:
     device: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How a pool deals with what fails.
+
+    Args:
+        max_failures: Lost actors that a run replaces.
+        round_timeout_s: Seconds that a round may take.
+        drop: Leave out what failed instead of ending the run.
+    """
+
+    max_failures: int
+    round_timeout_s: float
+    drop: bool
+
+
 class Pool(Protocol):
-    """Runs gateways. `start` comes first, `close` last."""
+    """Runs gateways. `start` comes first, `close` last; each `begin` is followed by `collect`."""
 
     def describe(self) -> str:
         """Return where gateways would run, without starting what trains.
@@ -47,16 +62,20 @@ class Pool(Protocol):
         """
         ...
 
-    def load(self) -> None:
-        """Load and check the shards where gateways train.
+    def load(self, key: bytes) -> dict[int, str]:
+        """Load and check the shards where gateways train; return their MACs under `key`.
 
         Raises:
             InputError: A shard breaks a rule.
         """
         ...
 
-    def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> Sequence[GroupResult]:
-        """Train the cohort for a round and return the groups' results in gateway order.
+    def begin(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> None:
+        """Broadcast parameters and let the cohort train; the caller may do other work meanwhile."""
+        ...
+
+    def collect(self) -> list[GroupResult]:
+        """Return the results of the round that began, in gateway order; with drops, without those that failed.
 
         Raises:
             GatewayError: The user's code failed in a gateway.

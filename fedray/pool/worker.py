@@ -5,25 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import weighted_sum
+from fedray.aggregation import GroupResult, weighted_sum
 from fedray.data.shards import RecordRules, ShardCache, Shards
 from fedray.errors import GatewayError, InputError
 from fedray.params import Layout
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
-from fedray.streams import RoundKeys
+from fedray.streams import RoundKeys, mac
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import LocalTraining, Trainer
 
 Engine = Literal["opacus", "stacked"]
 _LARGEST_STACK_BYTES = 32 * 2**20  # of updates in one answer; past it an actor answers with their sum
 _CPU = torch.device("cpu")
+_Rows = npt.NDArray[np.float32] | list[npt.NDArray[np.float32] | GatewayError]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class WorkerSetup:
         rules: What they must look like.
         engine: Which trainer.
         memory_limit: Bytes that one actor's training may take; None for its share of half the machine's memory.
+        max_update_norm: Refuse longer updates.
+        drop_failures: Leave out gateways that fail instead of raising.
     """
 
     model: torch.nn.Module
@@ -45,25 +48,8 @@ class WorkerSetup:
     rules: RecordRules
     engine: Engine
     memory_limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupResult:
-    """What one actor answers for a round.
-
-    Args:
-        gateways: Ids, one row each.
-        updates: `[G, P]`; clipped at the `gateway` level. None when the stack would be large: then `total` stands for it.
-        weights: One a gateway, or None for 1 each (record counts leave a gateway only when the user asked for it).
-        layout_digest: Of the model that made the updates.
-        total: `[P]`, the weighted sum of the updates in gateway order, or None.
-    """
-
-    gateways: tuple[int, ...]
-    updates: npt.NDArray[np.float32] | None
-    weights: tuple[float, ...] | None
-    layout_digest: str
-    total: npt.NDArray[np.float64] | None = None
+    max_update_norm: float | None = None
+    drop_failures: bool = False
 
 
 def resolve_device(device: str) -> torch.device:
@@ -114,14 +100,17 @@ class Worker:
         self._layout = Layout.of(setup.model)
         self._largest_stack = min(limit // 4, _LARGEST_STACK_BYTES)
 
-    def load(self, gateways: Sequence[int]) -> None:
-        """Load and check shards before the first round, as far as the cache keeps them.
+    def load(self, gateways: Sequence[int], key: bytes) -> dict[int, str]:
+        """Load and check shards before the first round; return their MACs under `key`.
 
         Raises:
             InputError: A shard breaks a rule.
         """
+        found = {}
         for gateway in gateways:
-            self._shards[gateway]
+            shard = self._shards[gateway]
+            found[gateway] = shard_mac(key, shard.x.numpy(), shard.y.numpy())
+        return found
 
     def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> GroupResult:
         """Train gateways for one round.
@@ -131,36 +120,91 @@ class Worker:
         """
         weighted = self._setup.training.privacy.weights == "records"
         together = max(1, self._largest_stack // (4 * self._layout.num_params))
+        arrived: list[int] = []
         weights: list[float] = []
+        failures: list[str] = []
         total: npt.NDArray[np.float64] | None = None
-        updates: npt.NDArray[np.float32] | None = None
+        updates = np.empty((0, self._layout.num_params), np.float32)
         for first in range(0, len(gateways), together):
-            part = gateways[first : first + together]
-            updates = self._updates(keys, params, part)
+            part, updates, refused = self._updates(keys, params, gateways[first : first + together])
+            failures += refused
             own = [float(self._shards[gateway].num_records) if weighted else 1.0 for gateway in part]
+            arrived += part
             weights += own
-            if len(part) < len(gateways):
-                total = weighted_sum(list(updates), own, _CPU, total)
+            if len(gateways) > together:
+                total = weighted_sum(list(updates), own, _CPU, np.zeros(len(params)) if total is None else total)
         return GroupResult(
-            gateways=tuple(gateways),
+            gateways=tuple(arrived),
             updates=updates if total is None else None,
             weights=tuple(weights) if weighted else None,
             layout_digest=self._layout.digest,
             total=total,
+            failures=tuple(failures),
         )
 
     def _updates(
         self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]
-    ) -> npt.NDArray[np.float32]:
-        privacy = self._setup.training.privacy
-        updates = self._trainer.train(keys, params, gateways, self._shards)
-        if level_of(privacy).central_noise:
-            updates = clip_rows(torch.from_numpy(updates), privacy.clip_norm).numpy()
-        broken = np.flatnonzero(~np.isfinite(updates).all(axis=1))
-        if len(broken):
-            bad = [gateways[row] for row in broken.tolist()]
-            raise GatewayError(
-                f"gateway {', '.join(map(str, bad))} has an update that is NaN or infinite in round {keys.round_index}; "
-                "local training diverged: lower --lr."
-            )
-        return updates
+    ) -> tuple[list[int], npt.NDArray[np.float32], list[str]]:
+        """Return who arrived, their updates, and what was wrong with the others."""
+        try:
+            rows: _Rows = self._trainer.train(keys, params, gateways, self._shards)
+        except GatewayError:
+            if len(gateways) == 1 and not self._setup.drop_failures:
+                raise
+            # One by one, to find whose fault it is: a gateway's round does not depend on who trains beside it.
+            rows = self._one_by_one(keys, params, gateways)
+        problems = self._problems(rows, gateways, keys.round_index)
+        if problems and not self._setup.drop_failures:
+            raise next(iter(problems.values()))
+        good = [row for row in range(len(gateways)) if row not in problems]
+        stack = (
+            rows if isinstance(rows, np.ndarray) and not problems else _stack([rows[row] for row in good], len(params))
+        )
+        if level_of(self._setup.training.privacy).central_noise:
+            stack = clip_rows(torch.from_numpy(stack), self._setup.training.privacy.clip_norm).numpy()
+        return [gateways[row] for row in good], stack, [str(problem) for problem in problems.values()]
+
+    def _one_by_one(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> _Rows:
+        rows: list[npt.NDArray[np.float32] | GatewayError] = []
+        for gateway in gateways:
+            try:
+                rows.append(self._trainer.train(keys, params, [gateway], self._shards)[0])
+            except GatewayError as error:
+                if not self._setup.drop_failures:
+                    raise
+                rows.append(error)
+        return rows
+
+    def _problems(self, rows: _Rows, gateways: Sequence[int], round_index: int) -> dict[int, GatewayError]:
+        """Return what is wrong with which row."""
+        found: dict[int, GatewayError] = {}
+        limit = self._setup.max_update_norm
+        clipped = level_of(self._setup.training.privacy).central_noise  # makes a non-finite update zero: it arrives
+        if isinstance(rows, np.ndarray):
+            norms = np.sqrt(np.einsum("gp,gp->g", rows, rows)).tolist()
+        else:
+            norms = [0.0 if isinstance(row, GatewayError) else float(np.linalg.norm(row)) for row in rows]
+        for index, (gateway, row, norm) in enumerate(zip(gateways, rows, norms, strict=True)):
+            if isinstance(row, GatewayError):
+                found[index] = row
+            elif not np.isfinite(norm) and not clipped:
+                found[index] = GatewayError(
+                    f"gateway {gateway} has an update that is NaN or infinite in round {round_index}; local training "
+                    "diverged: lower --lr, or use --on-failure drop."
+                )
+            elif limit is not None and norm > limit:
+                found[index] = GatewayError(
+                    f"gateway {gateway} has an update of norm {norm:.4g} in round {round_index}, past --max-update-norm "
+                    f"{limit:g}; look at its data, or use --on-failure drop."
+                )
+        return found
+
+
+def _stack(rows: Sequence[Any], num_params: int) -> npt.NDArray[np.float32]:
+    return np.stack(rows) if rows else np.empty((0, num_params), np.float32)
+
+
+def shard_mac(key: bytes, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> str:
+    """Return the MAC of a shard's records."""
+    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+    return mac(key, f"{x.dtype}{x.shape}{y.dtype}{y.shape}".encode() + x.tobytes() + y.tobytes())

@@ -1,7 +1,10 @@
 """The privacy ledger: what was charged, written before the work, never taken back.
 
-One JSON line an attempt at a round, appended and fsynced before the round starts. Each line carries the hash of the one
-before it, so that a changed or missing line is found. Epsilon is derived from the ledger and never stored in it.
+One JSON line an event, appended and fsynced before what it speaks of happens. Each line carries the hash of the one before
+it, so that a changed or missing line is found. Epsilon is derived from the ledger and never stored in it.
+
+Events: "charge" (an attempt at a round is about to start), "arrival" (not the whole cohort arrived; written before the
+noise of the `gateway` level is drawn) and "extension" (a finished run gets more rounds under a fresh root key).
 """
 
 from __future__ import annotations
@@ -9,37 +12,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedray.errors import DamagedRunError
 from fedray.privacy.accounting import Charges
 
 Ranges = tuple[tuple[int, int], ...]
 GENESIS = hashlib.sha256(b"fedray ledger").hexdigest()
+_WIDE = 4096  # gateways; shorter charges are counted gateway by gateway
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One charged attempt.
+    """One event.
 
     Args:
-        round: From 1.
-        attempt: From 0; one more each time the round is repeated with other inputs.
-        gateways: Inclusive ranges of the gateways that are charged.
-        steps: Local steps that each of them is charged.
+        event: What happened; the other fields mean the charged attempt unless said otherwise.
+        round: From 1. Of an extension: the last finished round.
+        attempt: From 0; one more each time the round is repeated with other inputs. Of an extension: its number, from 1.
+        gateways: Inclusive ranges of the gateways that are charged. Of an arrival: of those that arrived, empty when secret.
+        steps: Local steps that each of them is charged; 0 for other events.
         level: The noise level.
-        inputs: SHA-256 of all public inputs of the round (params, engine, device kind, groups, constants).
+        inputs: SHA-256 of all public inputs of the round (params, engine, device kind, groups, constants). Of an arrival:
+            a MAC of who arrived. Of an extension: a commitment to the new root key.
+        rounds: Of an extension: how many rounds the run has from now on; else 0.
     """
 
+    event: Literal["charge", "arrival", "extension"] = "charge"
     round: int
     attempt: int
     gateways: Ranges
     steps: int
     level: str
     inputs: str
+    rounds: int = 0
 
     def line(self, previous: str) -> str:
         """Return the entry as its JSON line, chained to the hash of the line before."""
@@ -49,6 +59,8 @@ class Entry:
 
 def ranges_of(gateways: Sequence[int]) -> Ranges:
     """Return sorted ids as inclusive ranges."""
+    if isinstance(gateways, range):
+        return ((gateways.start, gateways.stop - 1),) if gateways else ()
     ranges: list[tuple[int, int]] = []
     for gateway in gateways:
         if ranges and gateway == ranges[-1][1] + 1:
@@ -69,22 +81,27 @@ class Ledger:
     def __init__(self, path: Path | None, entries: Iterable[Entry] = ()) -> None:
         self._path = path
         self._entries: list[Entry] = []
-        self._head = GENESIS
+        self._heads = [GENESIS]
+        self._tally = _Tally()
         for entry in entries:
             self._remember(entry)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All charged attempts, in order."""
+        """All events, in order."""
         return tuple(self._entries)
 
     @property
     def head(self) -> str:
         """The chained hash of all lines."""
-        return self._head
+        return self._heads[-1]
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def holds(self, length: int, head: str) -> bool:
+        """Tell whether the first `length` lines have this chained hash."""
+        return length < len(self._heads) and self._heads[length] == head
 
     def charge(self, *, round_index: int, gateways: Ranges, steps: int, level: str, inputs: str) -> int:
         """Charge an attempt at a round before it runs and return the attempt's number.
@@ -94,35 +111,134 @@ class Ledger:
             is the same, so nothing more is released and nothing more is charged. Other inputs make a new attempt with
             fresh noise and a new charge.
         """
-        repeated = [entry for entry in self._entries if entry.round == round_index]
-        for entry in repeated:
+        attempts = self._events("charge", round_index)
+        for entry in attempts:
             if (entry.inputs, entry.gateways) == (inputs, gateways):
                 return entry.attempt
         entry = Entry(
-            round=round_index, attempt=len(repeated), gateways=gateways, steps=steps, level=level, inputs=inputs
+            round=round_index, attempt=len(attempts), gateways=gateways, steps=steps, level=level, inputs=inputs
         )
-        if self._path is not None:
-            _append(self._path, entry.line(self._head))
-        self._remember(entry)
+        self._append(entry)
         return entry.attempt
+
+    def arrive(
+        self, *, round_index: int, attempt: int, arrived: Ranges, label: str, everybody: bool, central_noise: bool
+    ) -> int:
+        """Record who arrived before the aggregate noise is drawn; return the attempt whose noise may be used.
+
+        Args:
+            round_index: The round.
+            attempt: The charged attempt.
+            arrived: Ranges of those who arrived; empty when the cohort is secret.
+            label: A MAC of who arrived.
+            everybody: Whether the whole cohort did.
+            central_noise: Whether the orchestrator adds noise; otherwise who arrived changes no release.
+
+        Guarantee:
+            With central noise two different sets never share an attempt: when an attempt that may have been released
+            meets another set than before, a new attempt is charged.
+
+        Edge cases:
+            An attempt whose whole cohort arrived leaves no line, so nothing is written in a round without failures.
+        """
+        charged = next(entry for entry in self._events("charge", round_index) if entry.attempt == attempt)
+        arrivals = self._events("arrival", round_index)
+        for entry in arrivals:
+            if entry.inputs == label:
+                return entry.attempt
+        settled = any(entry.attempt == attempt for entry in arrivals)
+        if everybody and not settled:
+            return attempt
+        released_before = settled or charged in self._entries[: self._read]
+        if central_noise and released_before:
+            attempt = len(self._events("charge", round_index))
+            inputs = hashlib.sha256(f"{charged.inputs} {label}".encode()).hexdigest()
+            self._append(replace(charged, attempt=attempt, inputs=inputs))
+        self._append(replace(charged, event="arrival", attempt=attempt, gateways=arrived, steps=0, inputs=label))
+        return attempt
+
+    def extend(self, *, finished: int, rounds: int, level: str, root_commitment: str) -> int:
+        """Record that a finished run gets more rounds under a fresh root; return the extension's number."""
+        number = self.extensions + 1
+        entry = Entry(
+            event="extension",
+            round=finished,
+            attempt=number,
+            gateways=(),
+            steps=0,
+            level=level,
+            inputs=root_commitment,
+            rounds=rounds,
+        )
+        self._append(entry)
+        return number
+
+    @property
+    def extensions(self) -> int:
+        """How often the run was extended."""
+        return sum(entry.event == "extension" for entry in self._entries)
 
     def charges(self) -> Charges:
         """Return what the most charged gateway was charged (the maximum over gateways, as shards are disjoint)."""
-        changes: dict[int, tuple[int, int]] = {}
-        for entry in self._entries:
-            for first, last in entry.gateways:
-                for where, sign in ((first, 1), (last + 1, -1)):
-                    steps, rounds = changes.get(where, (0, 0))
-                    changes[where] = (steps + sign * entry.steps, rounds + sign)
-        steps = rounds = most_steps = most_rounds = 0
-        for where in sorted(changes):
-            steps, rounds = steps + changes[where][0], rounds + changes[where][1]
-            most_steps, most_rounds = max(most_steps, steps), max(most_rounds, rounds)
-        return Charges(steps=most_steps, rounds=most_rounds)
+        return self._tally.most()
+
+    _read = 0  # how many entries came from a file
+
+    def _events(self, event: str, round_index: int) -> list[Entry]:
+        found = []
+        for entry in reversed(self._entries):  # a round's events are the last ones
+            if entry.round < round_index and entry.event == "charge":
+                break
+            if entry.event == event and entry.round == round_index:
+                found.append(entry)
+        return found[::-1]
+
+    def _append(self, entry: Entry) -> None:
+        if self._path is not None:
+            _append_line(self._path, entry.line(self.head))
+        self._remember(entry)
 
     def _remember(self, entry: Entry) -> None:
         self._entries.append(entry)
-        self._head = hashlib.sha256(entry.line(self._head).encode()).hexdigest()
+        self._heads.append(hashlib.sha256(entry.line(self.head).encode()).hexdigest())
+        if entry.event == "charge":
+            self._tally.add(entry.gateways, entry.steps)
+
+
+class _Tally:
+    """Steps and rounds of each gateway, kept so that the maximum costs little after every round."""
+
+    def __init__(self) -> None:
+        self._wide: Counter[tuple[int, int]] = Counter()  # steps and rounds by range, for charges of very many
+        self._wide_rounds: Counter[tuple[int, int]] = Counter()
+        self._steps: Counter[int] = Counter()
+        self._rounds: Counter[int] = Counter()
+        self._most = Charges(steps=0, rounds=0)
+
+    def most(self) -> Charges:
+        """Return the maximum over gateways."""
+        return self._most
+
+    def add(self, gateways: Ranges, steps: int) -> None:
+        """Charge one round of `steps` local steps to all gateways in the ranges."""
+        if sum(last - first + 1 for first, last in gateways) > _WIDE:
+            for pair in gateways:
+                self._wide[pair] += steps
+                self._wide_rounds[pair] += 1
+            ends = {end for pair in self._wide for end in pair}
+            changed = [g for g in {*self._steps, *ends} if any(first <= g <= last for first, last in gateways)]
+        else:
+            changed = [gateway for first, last in gateways for gateway in range(first, last + 1)]
+            self._steps.update(dict.fromkeys(changed, steps))
+            self._rounds.update(changed)
+        for gateway in changed:
+            covering = [pair for pair in self._wide if pair[0] <= gateway <= pair[1]]
+            self._most = Charges(
+                steps=max(self._most.steps, self._steps[gateway] + sum(self._wide[pair] for pair in covering)),
+                rounds=max(
+                    self._most.rounds, self._rounds[gateway] + sum(self._wide_rounds[pair] for pair in covering)
+                ),
+            )
 
 
 def read(path: Path) -> Ledger:
@@ -131,7 +247,10 @@ def read(path: Path) -> Ledger:
     Raises:
         DamagedRunError: A line is not what was written, or one is missing in the middle.
     """
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DamagedRunError(f"{path} cannot be read ({error}); restore the file.") from error
     complete, newline, torn = raw.rpartition(b"\n")
     if torn:
         with path.open("r+b") as file:
@@ -144,7 +263,7 @@ def read(path: Path) -> Ledger:
             previous = fields.pop("previous")
             entry = Entry(**{**fields, "gateways": tuple(tuple(pair) for pair in fields["gateways"])})
             unchanged = previous == ledger.head and entry.line(previous).encode() == line
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedRunError(f"{path}: line {number} is not a ledger line ({error}); restore the file.") from error
         if not unchanged:
             raise DamagedRunError(
@@ -152,10 +271,11 @@ def read(path: Path) -> Ledger:
                 "restore the file."
             )
         ledger._remember(entry)
+    ledger._read = len(ledger)
     return ledger
 
 
-def _append(path: Path, line: str) -> None:
+def _append_line(path: Path, line: str) -> None:
     with path.open("ab") as file:
         file.write(line.encode() + b"\n")
         file.flush()

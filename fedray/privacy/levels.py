@@ -14,7 +14,8 @@ Guarantees (sigma = noise multiplier, q = Poisson rate, T = charged local steps,
   at every step, without amplification: mu = 2·sqrt(T)/sigma and sqrt(T)/sigma (Dong et al. 2019). One record moves it by
   at most 2C, and only when it is in the batch: a subsampled Gaussian of multiplier sigma/2.
 - gateway: each update is clipped to C and noise N(0, sigma²C²) is added once to the sum: mu = sqrt(R)/sigma when a
-  gateway is left out (zero-out), 2·sqrt(R)/sigma when its shard is replaced, which bounds one record as well.
+  gateway is left out (zero-out), 2·sqrt(R)/sigma when its shard is replaced, which bounds one record as well. With secret
+  Poisson participation each round is a subsampled Gaussian, and every gateway is charged every round.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ class Event:
         noise_multiplier: Noise standard deviation over the sensitivity of the claim's adjacency.
         rate: Poisson rate; 1 means no amplification.
         per: What is counted, "step" (local step) or "round".
+        replaces: Whether the sampled contribution is exchanged for another one of norm 1 (in units of the multiplier)
+            rather than present or absent; with rate 1 that halves the multiplier.
     """
 
     noise_multiplier: float
     rate: float
     per: Literal["step", "round"]
+    replaces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,7 @@ def _batch_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
             adjacency="replace",
             observer=EVERYBODY,
             mechanism=f"Gaussian, sensitivity 2C, multiplier {sigma:g}, composed over local steps, no amplification",
-            event=Event(noise_multiplier=sigma / 2, rate=1.0, per="step"),
+            event=Event(noise_multiplier=sigma, rate=1.0, per="step", replaces=True),
         ),
         Claim(
             unit="gateway",
@@ -138,20 +142,24 @@ def _batch_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
 
 def _gateway_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
     sigma = spec.noise_multiplier
-    replace = Event(noise_multiplier=sigma / 2, rate=1.0, per="round")
+    # Who arrives may depend on data when gateways can be dropped: then participation amplifies nothing.
+    rate = spec.participation if spec.secret_participation and not spec.arrival_may_depend_on_data else 1.0
+    sampled = f"Poisson participation, rate {rate:g}, " if rate < 1 else ""
+    replace = Event(noise_multiplier=sigma, rate=rate, per="round", replaces=True)
     return (
         Claim(
             unit="gateway",
             adjacency="zero-out",
             observer=OUTSIDE,
-            mechanism=f"Gaussian on the sum of clipped updates, sensitivity C, multiplier {sigma:g}, composed over rounds",
-            event=Event(noise_multiplier=sigma, rate=1.0, per="round"),
+            mechanism=f"{sampled}Gaussian on the sum of clipped updates, sensitivity C, multiplier {sigma:g}, "
+            "composed over rounds",
+            event=Event(noise_multiplier=sigma, rate=rate, per="round"),
         ),
         Claim(
             unit="gateway",
             adjacency="replace",
             observer=OUTSIDE,
-            mechanism=f"Gaussian on the sum of clipped updates, sensitivity 2C, multiplier {sigma:g}, "
+            mechanism=f"{sampled}Gaussian on the sum of clipped updates, sensitivity 2C, multiplier {sigma:g}, "
             "composed over rounds",
             event=replace,
         ),
@@ -160,7 +168,7 @@ def _gateway_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
             adjacency="add-or-remove",
             observer=OUTSIDE,
             mechanism="bounded by replacing the record's whole gateway: "
-            f"Gaussian, sensitivity 2C, multiplier {sigma:g}, composed over rounds",
+            f"{sampled}Gaussian, sensitivity 2C, multiplier {sigma:g}, composed over rounds",
             event=replace,
         ),
     )

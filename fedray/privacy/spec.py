@@ -26,6 +26,8 @@ class PrivacySpec:
         local_steps: L, local steps a round.
         expected_cohort: The public divisor of the `gateway` level's sum.
         weights: How updates are averaged; "records" reveals record counts and makes the adjacency zero-out.
+        participation: Poisson rate of gateways in a round.
+        arrival_may_depend_on_data: Gateways may be dropped (--on-failure drop), so that who arrives may tell something.
     """
 
     noise_level: NoiseLevelName
@@ -37,6 +39,13 @@ class PrivacySpec:
     local_steps: int
     expected_cohort: float
     weights: WeightsName = "uniform"
+    participation: float = 1.0
+    arrival_may_depend_on_data: bool = False
+
+    @property
+    def secret_participation(self) -> bool:
+        """Whether the cohort is kept secret, so that the `gateway` level may claim amplification by participation."""
+        return self.noise_level == "gateway" and self.participation < 1.0
 
     @property
     def noise_std(self) -> float:

@@ -197,7 +197,7 @@ class StackedTrainer:
         else:
             noise.fill_on_device(step, out)
 
-    def _observe(  # noqa: PLR0917 - one step's values, passed once
+    def _observe(
         self,
         observer: StepObserver,
         gradient: torch.Tensor,

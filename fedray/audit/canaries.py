@@ -1,0 +1,138 @@
+"""Canaries: what an attacker plants to be recognised, as gradient directions and as real records."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import fft
+
+from fedray.data.shards import Shard
+from fedray.models import Loss
+from fedray.params import Layout
+
+Float32Array = npt.NDArray[np.float32]
+_FAR = 30.0  # an out-of-distribution record lies this many times as far out as the farthest value of the data
+
+
+class Directions:
+    """M orthonormal directions of a P-dimensional space in general position: random signs, then a cosine transform.
+
+    Costs O(M log M) where a random rotation would cost M². Directions that are no coordinate axes also find noise that is
+    right on each coordinate but shared between them. A large model is read on M coordinates drawn at random.
+
+    Args:
+        num_params: P.
+        rng: Source of signs and coordinates.
+        at_most: Bound of M, which is P where P is smaller.
+    """
+
+    def __init__(self, num_params: int, rng: np.random.Generator, at_most: int = 2**16) -> None:
+        self.size = min(num_params, at_most)
+        self._num_params = num_params
+        self._where = np.sort(rng.permutation(num_params)[: self.size])
+        self._signs = rng.choice(np.array([-1.0, 1.0]), self.size)
+
+    def combine(self, coefficients: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Return sum_i coefficients_i · direction_i: `[..., M]` to `[..., P]`."""
+        combined = np.zeros((*coefficients.shape[:-1], self._num_params))
+        combined[..., self._where] = self._signs * fft.idct(coefficients, norm="ortho", axis=-1)
+        return combined
+
+    def coefficients(self, vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Return the inner products with all directions: `[..., P]` to `[..., M]`."""
+        found: npt.NDArray[np.float64] = fft.dct(self._signs * vectors[..., self._where], norm="ortho", axis=-1)
+        return found
+
+    def first(self, number: int) -> Float32Array:
+        """Return the first directions as rows `[number, P]` (fewer when M is smaller)."""
+        number = min(number, self.size)
+        unit = np.zeros((number, self.size))
+        unit[np.arange(number), np.arange(number)] = 1.0
+        return self.combine(unit).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanaryRecords:
+    """Records that stand out, and in which way."""
+
+    kind: str
+    records: Shard
+
+
+def mislabelled(
+    model: torch.nn.Module, shard: Shard, number: int, rng: np.random.Generator, class_labels: bool
+) -> Shard:
+    """Return real records with the label that the model finds least likely (or another record's target).
+
+    Args:
+        model: With its initial parameters.
+        shard: Whose records are taken.
+        number: How many, at most as many as the shard has.
+        rng: Chooses them.
+        class_labels: Whether targets are class indices.
+    """
+    x = shard.x[torch.from_numpy(rng.permutation(shard.num_records)[:number])]
+    return Shard(x=x, y=_unlikely(model, x, shard, rng, class_labels))
+
+
+def out_of_distribution(
+    model: torch.nn.Module, shard: Shard, number: int, rng: np.random.Generator, class_labels: bool
+) -> Shard:
+    """Return records of random signs, far outside of the data (tokens: drawn at random), with the unlikeliest label."""
+    shape = (number, *shard.x.shape[1:])
+    if shard.x.is_floating_point():
+        scale = _FAR * max(1e-3, float(shard.x.abs().max()))
+        x = torch.from_numpy(rng.choice(np.array([-scale, scale], np.float32), shape))
+    else:
+        x = torch.from_numpy(rng.choice(shard.x.unique().numpy(), shape))
+    return Shard(x=x, y=_unlikely(model, x, shard, rng, class_labels))
+
+
+def _unlikely(
+    model: torch.nn.Module, x: torch.Tensor, shard: Shard, rng: np.random.Generator, class_labels: bool
+) -> torch.Tensor:
+    if class_labels:
+        with torch.no_grad():
+            return copy.deepcopy(model).eval()(x).argmin(dim=1)  # type: ignore[no-any-return]  # a module's call is untyped
+    return shard.y[torch.from_numpy(rng.integers(shard.num_records, size=len(x)))]
+
+
+def record_gradients(model: torch.nn.Module, loss: Loss, shard: Shard) -> Float32Array:
+    """Return each record's gradient `[n, P]` by plain autograd, one record at a time: no code of the trainers.
+
+    A parameter that the loss does not reach has gradient zero.
+    """
+    model = copy.deepcopy(model).train()
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    out = np.zeros((shard.num_records, Layout.of(model).num_params), np.float32)
+    for index, row in enumerate(out):
+        value = loss(model(shard.x[index : index + 1]), shard.y[index : index + 1]).sum()
+        found = torch.autograd.grad(value, params, allow_unused=True)
+        row[:] = torch.cat(
+            [torch.zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, params, strict=True)]
+        ).numpy()
+    return out
+
+
+def clipped(vectors: Float32Array, clip_norm: float) -> npt.NDArray[np.float64]:
+    """Return rows `[n, P]` clipped to norm C in float64; rows that are not finite become zero."""
+    rows = vectors.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[~np.isfinite(norms[:, 0])] = 0.0
+    scale = np.minimum(1.0, clip_norm / np.maximum(norms, 1e-300))
+    return rows * np.where(np.isfinite(scale), scale, 0.0)
+
+
+def layer_by_layer(vector: npt.NDArray[np.float64], layout: Layout) -> npt.NDArray[np.float64]:
+    """Return the unit vector in which every parameter tensor has the same share: it finds clipping layer by layer."""
+    out = np.zeros_like(vector)
+    for _, _, where in layout.slices():
+        norm = np.linalg.norm(vector[where])
+        out[where] = vector[where] / norm if norm > 0 else 0.0
+    norm = np.linalg.norm(out)
+    return out / norm if norm > 0 else out

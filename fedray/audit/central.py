@@ -1,0 +1,225 @@
+"""Attacks on the orchestrator's noise (`gateway` level): T5, T7 and T8 on the real clipping, sum and aggregation.
+
+Recorded updates of real gateways stand for the rest of the sum, which the attacker knows; canary gateways answer with
+huge vectors, which the real worker clips. One noise serves a whole sum, so a repetition is one more call.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray.aggregation import gather
+from fedray.audit import power
+from fedray.audit.bounds import Scores, canary_gateways_mu, count, game_bound
+from fedray.audit.canaries import Directions, mislabelled
+from fedray.audit.directions import LARGEST_PLAYABLE_MU, planted_half, pooled_finding, pooled_releases
+from fedray.audit.finding import Finding
+from fedray.audit.lab import Lab, SameShard
+from fedray.data.shards import Shard
+from fedray.pool.worker import GroupResult, Worker
+from fedray.privacy import mechanism
+from fedray.privacy.ledger import ranges_of
+from fedray.streams import RoundKeys
+from fedray.training.trainer import GatewayShards, StepObserver
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+_HUGE = 100.0  # times C: what a canary gateway answers before the worker clips it
+_RECORDED = 16  # real gateways in the sum, at most
+_CANARIES = 256  # canary gateways in one sum of T7, at most
+_CANARY_BYTES = 2**27
+_CANARIES_T8 = 50
+_ROUNDS_T8 = 10
+
+
+class _CanaryTrainer:
+    """Answers with given updates: a gateway is free to send what it likes."""
+
+    def __init__(self, first: int, updates: Float32Array) -> None:
+        self.observer: StepObserver | None = None
+        self._first = first
+        self._updates = updates
+
+    def train(
+        self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
+    ) -> Float32Array:
+        return self._updates[[gateway - self._first for gateway in gateways]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """A sum of clipped updates as the orchestrator gathers it.
+
+    Args:
+        total: `[P]`.
+        weight: Sum of the weights.
+        gateways: Who is in it.
+    """
+
+    total: Float64Array
+    weight: float
+    gateways: tuple[int, ...]
+
+
+class Federation:
+    """Recorded updates of real gateways, and sums of them with canary gateways.
+
+    Args:
+        lab: The run under attack.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._worker = Worker(replace(lab.plan.setup, max_update_norm=None), lab.device)
+        self.num_gateways = min(lab.plan.config.gateways, _RECORDED)
+        self._recorded = self._worker.train(lab.keys("recorded"), lab.params, range(self.num_gateways))
+
+    def rest(self) -> Sum:
+        """Return the sum of the recorded updates alone."""
+        return self._gathered([self._recorded])
+
+    def with_canaries(self, updates: Float32Array) -> Sum:
+        """Return the sum of the recorded updates and canary gateways' `[K, P]`, clipped by the real worker."""
+        lab = self._lab
+        worker = Worker(replace(lab.plan.setup, max_update_norm=None), lab.device)
+        worker._trainer = _CanaryTrainer(self.num_gateways, updates)  # everything after local training is the worker's
+        ids = range(self.num_gateways, self.num_gateways + len(updates))
+        return self._gathered([self._recorded, worker.train(lab.keys("canaries"), lab.params, ids)])
+
+    def poisoned_update(self) -> Float32Array:
+        """Return the unclipped update `[P]` of a gateway that trains on mislabelled records."""
+        lab = self._lab
+        shard = lab.shards[0]
+        number = min(shard.num_records, 4 * lab.spec.batch_size)
+        records = mislabelled(lab.plan.model, shard, number, lab.rng("poisoned"), lab.plan.class_labels)
+        updates = lab.trainer(lab.spec).train(
+            lab.keys("poisoned"), lab.params, [0], SameShard(_repeated(records, shard))
+        )
+        update: Float32Array = updates[0]
+        return update
+
+    def residual(self, sum_: Sum, rest: Sum, keys: RoundKeys) -> Float64Array:
+        """Release a sum by the real mechanism; return what is left of it in units of C when the known rest is taken off."""
+        spec = self._lab.spec
+        released = mechanism.aggregate(spec, keys, sum_.total.copy(), sum_.weight, ranges_of(sum_.gateways))
+        return (released * spec.expected_cohort - rest.total) / spec.clip_norm
+
+    def _gathered(self, results: Sequence[GroupResult]) -> Sum:
+        total, weight, _ = gather(results, self._lab.plan.layout, torch.device("cpu"))
+        ids = tuple(gateway for result in results for gateway in result.gateways)
+        return Sum(total=total, weight=weight, gateways=ids)
+
+
+def _repeated(records: Shard, like: Shard) -> Shard:
+    """Return as many records as the real shard has, so that batches are as large as its own."""
+    index = torch.arange(like.num_records) % records.num_records
+    return Shard(x=records.x[index], y=records.y[index])
+
+
+def attack_aggregation(lab: Lab) -> list[Finding]:
+    """Run T5 with a canary vector and with a poisoned gateway, T7 with many canaries, and T8 as a report."""
+    federation = Federation(lab)
+    rng = lab.rng("central")
+    vector = Directions(lab.num_params, rng).first(1)[0].astype(np.float64)
+    poisoned = federation.poisoned_update().astype(np.float64)
+    found = [_game(lab, federation, "canary gateway", vector, _HUGE * lab.clip_norm)]
+    length = float(np.linalg.norm(poisoned))
+    if np.isfinite(length) and length > 0:
+        found.append(_game(lab, federation, "poisoned gateway", poisoned / length, length))
+    return [*found, *_pooled(lab, federation), _canary_gateways(lab, federation)]
+
+
+def _game(lab: Lab, federation: Federation, who: str, direction: Float64Array, length: float) -> Finding:
+    """T5: is the gateway's update in the sum, or zero? In every other round it sends the opposite."""
+    # A canary that would be recognised nearly always is made shorter; the claim shrinks with it.
+    rounds = lab.attacked_steps(lab.plan.config.rounds, at_least=2)
+    full = math.sqrt(rounds) / lab.sigma
+    strength = min(1.0, length / lab.clip_norm, LARGEST_PLAYABLE_MU / full)
+    length = length if strength == 1.0 else strength * lab.clip_norm
+    rest = federation.rest()
+    ways = [federation.with_canaries((sign * length * direction)[None].astype(np.float32)) for sign in (1, -1)]
+
+    def scores(runs: int, present: bool) -> Float64Array:
+        out = np.zeros(runs)
+        for run in range(runs):
+            for step in range(rounds):
+                keys = lab.keys(f"{who} {present} {runs}", run, step + 1)
+                way = ways[step % 2] if present else rest
+                out[run] += (1 - 2 * (step % 2)) * (federation.residual(way, rest, keys) @ direction)
+        return out
+
+    runs = lab.affordable_runs(lambda pilot: (scores(pilot, True), scores(pilot, False)))
+    with_canary, without = scores(runs, True), scores(runs, False)
+    claim = strength * full
+    return Finding(
+        name=f"T5 {who}",
+        level=lab.spec.noise_level,
+        unit="gateway",
+        adjacency="zero-out",
+        claim=claim,
+        lower_bound=game_bound(count(with_canary, without, strength * rounds / 2)),
+        smallest_leak_caught=power.game_leak(claim, runs, runs),
+        text=f"{runs} runs a world of {rounds} round{'s' * (rounds > 1)} of the real clipping and aggregation on "
+        f"{federation.num_gateways} recorded updates; the attacker tells whether one more gateway's update, which moves the "
+        f"sum by {strength:.3g}·C, is in it. Claim: mu = sqrt({rounds})/sigma"
+        + ("." if strength == 1 else f"·{strength:.3g}."),
+    )
+
+
+def _pooled(lab: Lab, federation: Federation) -> list[Finding]:
+    """T7: many canary gateways in each sum, held against 1/sigma a round."""
+    directions = Directions(lab.num_params, lab.rng("pooled directions"))
+    most = max(1, min(_CANARIES, _CANARY_BYTES // (8 * lab.num_params)))
+    planted = planted_half(directions.size, lab.rng("pooled"), most)
+    number = int(planted.sum())
+    if number == 0:
+        return []  # a model of one parameter has no free direction
+    units = np.zeros((number, directions.size))
+    units[np.arange(number), np.flatnonzero(planted)] = _HUGE * lab.clip_norm
+    everyone, rest = federation.with_canaries(directions.combine(units).astype(np.float32)), federation.rest()
+    scores, rounds, start = Scores(), 0, time.perf_counter()
+    while rounds < pooled_releases(lab, number):
+        read = directions.coefficients(federation.residual(everyone, rest, lab.keys("pooled", rounds)))
+        scores.add(read[planted], read[~planted])
+        rounds += 1
+        if time.perf_counter() - start > lab.effort.game_seconds:
+            break  # the clock decides, not what was released
+    return [pooled_finding(lab, scores, f"{rounds} sums with {number} canary gateways each", "round")]
+
+
+def _canary_gateways(lab: Lab, federation: Federation) -> Finding:
+    """T8 (Andrew et al. 2023): cosines of canary gateways with the released update; an estimate, never a gate."""
+    rng = lab.rng("canary gateways")
+    most = max(1, _CANARY_BYTES // (8 * lab.num_params))
+    number = max(1, min(_CANARIES_T8, lab.num_params // 10, most))
+    units = rng.standard_normal((number, lab.num_params))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    everyone = federation.with_canaries((_HUGE * lab.clip_norm * units).astype(np.float32))
+    empty = Sum(total=np.zeros(lab.num_params), weight=0.0, gateways=())
+    cosines = []
+    for index in range(_ROUNDS_T8):
+        update = federation.residual(everyone, empty, lab.keys("canary gateways", index))
+        norm = float(np.linalg.norm(update))
+        cosines.append(units @ update / norm if norm > 0 else np.zeros(number))
+    estimate, low, high = canary_gateways_mu(np.concatenate(cosines), lab.num_params)
+    return Finding(
+        name="T8 canary gateways",
+        level=lab.spec.noise_level,
+        unit="gateway",
+        adjacency="zero-out",
+        claim=1.0 / lab.sigma,
+        lower_bound=max(0.0, low),
+        confidence=0.95,
+        smallest_leak_caught=None,
+        gate=False,
+        text=f"a report, no gate: {number} canary gateways in each of {_ROUNDS_T8} rounds; their cosines with the released "
+        f"update estimate mu = {estimate:.3g} a round (95 % interval {low:.3g} … {high:.3g}; Andrew et al. 2023). The "
+        "attacker knows nobody's update, so the estimate is below what a stronger attacker gets.",
+    )

@@ -1,0 +1,136 @@
+"""What every attack works with: the run's own trainer, shards, keys and constants, and how often it may play."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray.data.shards import Shard, ShardCache
+from fedray.plan import Plan
+from fedray.pool.worker import new_trainer, resolve_device
+from fedray.privacy.spec import PrivacySpec
+from fedray.streams import RoundKeys, derive_key, numpy_generator
+from fedray.training.trainer import GatewayShards, Trainer
+
+_PILOT_RUNS = 64
+_PART_BYTES = 64 * 2**20  # of updates at a time
+_FEWEST_RUNS = 300  # half the noise is caught with so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much an audit tries.
+
+    Args:
+        runs: Repetitions a world, at most.
+        game_seconds: What one game may take; fewer runs are played where each is slow.
+        training_seconds: What the training of a whole run may take; fewer rounds are attacked where it is slow.
+    """
+
+    runs: int
+    game_seconds: float
+    training_seconds: float
+
+
+DEFAULT = Effort(runs=5000, game_seconds=5.0, training_seconds=12.0)
+THOROUGH = Effort(runs=40_000, game_seconds=60.0, training_seconds=120.0)
+
+
+class SameShard:
+    """Gives every gateway the same shard: each gateway is one more repetition, with noise and batches of its own."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def __getitem__(self, gateway: int, /) -> Shard:
+        return self._shard
+
+
+class Lab:
+    """The run under attack.
+
+    Args:
+        plan: The run's own plan; nothing is trained or charged by it.
+        effort: How much to try.
+    """
+
+    def __init__(self, plan: Plan, effort: Effort) -> None:
+        self.plan = plan
+        self.effort = effort
+        self.spec = plan.spec
+        self.num_params = plan.layout.num_params
+        self.params = plan.layout.flatten(plan.model)
+        self.device = resolve_device(plan.config.device)
+        self.shards = ShardCache(plan.setup.shards, plan.setup.rules)
+
+    @property
+    def clip_norm(self) -> float:
+        """C."""
+        return self.spec.clip_norm
+
+    @property
+    def sigma(self) -> float:
+        """The claimed noise multiplier; claims are computed from it, bounds never."""
+        return self.spec.noise_multiplier
+
+    def trainer(self, spec: PrivacySpec, plain_steps: float | None = None) -> Trainer:
+        """Return the run's trainer.
+
+        Args:
+            spec: Public constants (the run's, or with other steps or rate).
+            plain_steps: Learning rate of plain SGD in place of the run's optimizer: then the update shows what was released.
+        """
+        training = replace(self.plan.training, privacy=spec)
+        if plain_steps is not None:
+            training = replace(training, optimizer="sgd", lr=plain_steps)
+        return new_trainer(self.plan.setup.engine, self.plan.model, training, self.device)
+
+    def keys(self, attack: str, number: int = 0, round_index: int = 1) -> RoundKeys:
+        """Return keys that no run and no other attack uses."""
+        return RoundKeys(
+            round_key=derive_key(self.plan.first_round_key, f"audit {attack}", number), round_index=round_index
+        )
+
+    def train(
+        self, trainer: Trainer, keys: RoundKeys, gateways: int, shards: GatewayShards
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Train gateways 0, 1, … and yield their updates in parts `[n, P]` that fit into memory."""
+        together = max(1, _PART_BYTES // (4 * self.num_params))
+        for first in range(0, gateways, together):
+            yield trainer.train(keys, self.params, range(first, min(first + together, gateways)), shards)
+
+    def rng(self, attack: str) -> np.random.Generator:
+        """Return the attacker's own draws."""
+        return numpy_generator(self.plan.first_round_key, f"audit draws {attack}")
+
+    def affordable_runs(self, play: Callable[[int], object]) -> int:
+        """Return how many runs a world fit into the game's time, from a pilot that is thrown away.
+
+        The number depends on the clock alone, never on what was released.
+        """
+        play(2)  # what is slow only once
+        start = time.perf_counter()
+        play(_PILOT_RUNS)
+        each = (time.perf_counter() - start) / _PILOT_RUNS
+        return int(min(self.effort.runs, max(_FEWEST_RUNS, self.effort.game_seconds / each)))
+
+    def attacked_steps(self, most: int, at_least: int = 1) -> int:
+        """Return how many steps or rounds to attack so that mu = sqrt(n)/sigma comes near 1, at most `most`."""
+        return max(1, min(most, max(at_least, round(self.sigma**2))))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one torch thread, as actors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

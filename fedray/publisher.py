@@ -1,0 +1,110 @@
+"""What follows a round: its score, metrics line and checkpoint, done while the next round trains."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fedray.budget import EpsilonCurve
+from fedray.checkpoint import Checkpoint
+from fedray.evaluation import Evaluation
+from fedray.plan import Plan
+from fedray.privacy.accounting import Charges
+from fedray.progress import Progress
+from fedray.session import Session
+from fedray.tracking import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished round.
+
+    Args:
+        round: From 1.
+        seconds: Of each phase, and "total": wall-clock seconds since the round before was finished.
+        cohort: How many gateways took part.
+    """
+
+    round: int
+    seconds: dict[str, float]
+    cohort: int
+
+
+class Clock:
+    """Wall-clock seconds of a round's phases."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """End a phase."""
+        now = time.perf_counter()
+        self._phases[phase] = now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """End the round: return all phases and their total, to the microsecond."""
+        phases = {**self._phases, "total": self._last - self._start}
+        self._start, self._phases = self._last, {}
+        return {name: round(value, 6) for name, value in phases.items()}
+
+
+class Publisher:
+    """Scores and writes rounds one behind the training: a crash in between only repeats what keys determine.
+
+    Args:
+        plan: Of the run.
+        session: Where it stands.
+        evaluation: Scores parameters.
+        curve: Gives epsilon.
+        progress: Told of each round.
+        tracker: Told of each round.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        session: Session,
+        evaluation: Evaluation,
+        curve: EpsilonCurve,
+        progress: Progress,
+        tracker: Tracker,
+    ) -> None:
+        self._plan = plan
+        self._session = session
+        self._evaluation = evaluation
+        self._curve = curve
+        self._progress = progress
+        self._tracker = tracker
+        self._waiting: tuple[Outcome, Checkpoint, Charges] | None = None
+
+    def take(self, outcome: Outcome) -> None:
+        """Take a finished round; `flush` publishes it."""
+        self._waiting = (outcome, self._session.checkpoint(), self._session.ledger.charges())
+
+    def flush(self) -> None:
+        """Publish the round that waits, if one does: metrics first, as the checkpoint counts on them."""
+        if self._waiting is None:
+            return
+        (outcome, checkpoint, charges), self._waiting = self._waiting, None
+        began = time.perf_counter()
+        score = self._evaluation.score(checkpoint.params)
+        evaluate = round(time.perf_counter() - began, 6)
+        config = self._plan.config
+        # The size of a secret cohort stays secret: its expectation is public.
+        cohort = config.gateways * config.participation if self._plan.spec.secret_participation else outcome.cohort
+        record: dict[str, Any] = {
+            "round": outcome.round,
+            "accuracy": score.accuracy,
+            "loss": score.loss,
+            "epsilon": self._curve.at(charges),
+            "seconds": {**outcome.seconds, "evaluate": evaluate},
+            "samples_per_s": cohort * config.local_steps * config.batch_size / outcome.seconds["total"],
+        }
+        self._session.files.append_metrics(record)
+        self._session.files.save(checkpoint)
+        self._session.history.append(record)
+        self._progress.round(record, config.rounds)
+        self._tracker.log(record)

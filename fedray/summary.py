@@ -1,0 +1,58 @@
+"""The words around a run: the rows of the start panel and the closing sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedray import report
+from fedray.plan import Plan
+from fedray.pool.pool import PoolInfo
+from fedray.privacy.accounting import Guarantee
+
+
+def panel_rows(plan: Plan, info: PoolInfo, planned: Sequence[Guarantee]) -> list[tuple[str, str]]:
+    """Return what runs where, and at which privacy."""
+    config = plan.config
+    engine = plan.setup.engine + (f" ({plan.engine_reason})" if plan.engine_reason else "")
+    joining = "" if config.participation == 1 else f" (each takes part with probability {config.participation:g})"
+    return [
+        ("where", info.summary),
+        ("what", f"{config.gateways} gateways{joining}, {config.rounds} rounds × {config.local_steps} local steps, "
+         f"B = {config.batch_size} (q = {plan.spec.sample_rate:.4g}), {config.optimizer}, lr {config.lr:g}"),
+        ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters, engine {engine}"),
+        *privacy_rows(plan, planned),
+    ]  # fmt: skip
+
+
+def privacy_rows(plan: Plan, planned: Sequence[Guarantee]) -> list[tuple[str, str]]:
+    """Return the panel's rows about privacy."""
+    if not planned:
+        return [("privacy", "none: --noise-level none promises nothing")]
+    spec = plan.spec
+    return [
+        ("privacy", f"{spec.noise_level} level, sigma = {spec.noise_multiplier:.4g}, C = {spec.clip_norm:g}, "
+         f"delta = {spec.delta:g}"),
+        *(
+            ("planned", f"epsilon {report.format_epsilon(g.epsilon)} per {g.unit} ({g.adjacency}), against {g.observer}")
+            for g in planned
+        ),
+    ]  # fmt: skip
+
+
+def closing_sentences(
+    plan: Plan, found: Sequence[Guarantee], history: Sequence[dict[str, Any]], path: Path, stopped: str | None
+) -> list[str]:
+    """Return what a reader should take home from the run."""
+    lines = [] if stopped is None else [stopped]
+    if history and history[-1]["accuracy"] is not None:
+        lines.append(f"accuracy {history[-1]['accuracy']:.4f} on held-out data after {len(history)} rounds.")
+    lines += [report.sentence(guarantee) for guarantee in found] or ["no privacy: --noise-level none promises nothing."]
+    if plan.config.seed is not None and found:
+        lines.append("simulation only: with --seed the noise can be predicted by whoever knows the seed.")
+    if history:
+        speeds = sorted(record["samples_per_s"] for record in history)
+        lines.append(f"{speeds[len(speeds) // 2]:,.0f} samples/s (median round).")
+    lines.append(f"files: {path}")
+    return lines
