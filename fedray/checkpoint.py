@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
 from fedray.errors import DamagedRunError, InputError, RunFailedError
-from fedray.privacy.ledger import Ledger
+from fedray.privacy.ledger import Ledger, drop_torn_line
 from fedray.privacy.ledger import read as read_ledger
 from fedray.streams import commitment
 
+_UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it should the newest be damaged
 _STATE, _DESCRIPTION, _ROUND_KEY = "state.safetensors", "state.json", "round.key"
 _SETUP_KEY, _LEDGER_HEAD, _IDENTITY = "setup.key", "ledger.json", "identity.json"
@@ -92,6 +94,7 @@ class RunDirectory:
         self._metrics_hash = hashlib.sha256()
         self._metrics_size = 0
         self._setup_commitment: str | None = None
+        self._private: set[bytes] | None = None
 
     @classmethod
     def create(cls, path: Path, setup_key: bytes, state: Checkpoint, identity: Mapping[str, Any]) -> RunDirectory:
@@ -110,7 +113,7 @@ class RunDirectory:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _sweep(path.parent)
-            building = cls(Path(tempfile.mkdtemp(prefix=f".fedray-{os.getpid()}-", dir=path.parent)))
+            building = cls(Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{os.getpid()}-", dir=path.parent)))
             try:
                 building.path.chmod(0o755)
                 building.write_json("config.json", state.card)
@@ -151,19 +154,20 @@ class RunDirectory:
         Raises:
             InputError: Another process holds it.
         """
-        root = self.path / "checkpoint"
-        if not root.is_dir():
-            raise InputError(f"{self.path} is no run directory (it has no checkpoint folder); check the path.")
+        # The setup key's file: it is never replaced. (Network file systems lock files that are open for writing only.)
+        path = self.path / "checkpoint" / _SETUP_KEY
         with contextlib.ExitStack() as stack:
-            # The folder itself: it is never replaced, and locking it leaves no file behind.
-            file = os.open(root, os.O_RDONLY)
-            stack.callback(os.close, file)
             try:
+                file = stack.enter_context(path.open("r+b"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise InputError(f"{self.path} is no run directory (it has no {path.name}); check the path.") from error
+            except BlockingIOError as error:
                 raise InputError(
                     f"{self.path} is in use by another process; wait for it to end, or stop it."
                 ) from error
+            except OSError as error:
+                raise InputError(f"{path} cannot be locked ({error}); it must be a file that you may write.") from error
             yield
 
     def note_ledger(self, length: int, head: str) -> None:
@@ -183,10 +187,19 @@ class RunDirectory:
         self._metrics_size += len(line)
 
     def append_private(self, record: Mapping[str, Any]) -> None:
-        """Append a line to private.jsonl (mode 0600): what only the orchestrator may know."""
-        descriptor = os.open(self.path / "private.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "ab") as file:
-            file.write((json.dumps(record) + "\n").encode())
+        """Append a line to private.jsonl (mode 0600), unless it is there: what only the orchestrator may know."""
+        line = (json.dumps(record) + "\n").encode()
+        descriptor = os.open(self.path / "private.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "a+b") as file:
+            if self._private is None:  # read once: a run that goes on repeats its last rounds, and may find a torn line
+                file.seek(0)
+                complete, newline, torn = file.read().rpartition(b"\n")
+                self._private = set((complete + newline).splitlines(keepends=True))
+                if torn:
+                    file.truncate(len(complete + newline))
+            if line not in self._private:
+                file.write(line)
+                self._private.add(line)
 
     def save(self, state: Checkpoint) -> None:
         """Write a checkpoint beside the last one, then drop those before that."""
@@ -211,10 +224,14 @@ class RunDirectory:
         _write(building / _DESCRIPTION, _sealed(description))
         if state.round_key is not None:
             _write(building / _ROUND_KEY, state.round_key.hex().encode(), mode=0o600)
+        _sync_directory(building)
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
         _sync_directory(root)
-        for old in _checkpoints(root)[:-_KEPT_CHECKPOINTS]:
+        self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
+        for old in _checkpoints(self.path / "checkpoint")[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def restore(self) -> Restored:
@@ -225,15 +242,20 @@ class RunDirectory:
         """
         root = self.path / "checkpoint"
         ledger = self._read_ledger()
-        problems = []
+        ended = (self.path / "privacy.json").exists()  # written before the keys go
+        problems: list[str] = []
         for folder in reversed(_checkpoints(root)):
             try:
-                checkpoint, description = _read_checkpoint(folder)
+                checkpoint, description = _read_checkpoint(folder, key_may_be_gone=ended)
                 setup_key = _read_key(root / _SETUP_KEY, description["setup_key_commitment"])
                 history = self._read_metrics(description)
             except DamagedRunError as error:
                 problems.append(str(error))
                 continue
+            finished = ended and checkpoint.round_key is None
+            if finished and (problems or self._metrics.stat().st_size != description["metrics_size"]):
+                problems.append(f"{root} lacks the checkpoint of the last round; restore it.")
+                break  # without its key nothing can go on from an earlier round
             if not ledger.holds(checkpoint.ledger_length, checkpoint.ledger_head):
                 raise DamagedRunError(
                     f"{self.ledger}: {len(ledger)} lines do not continue the {checkpoint.ledger_length} that checkpoint "
@@ -241,14 +263,14 @@ class RunDirectory:
                 )
             self._setup_commitment = description["setup_key_commitment"]
             self._trim_metrics(description["metrics_size"])
-            if not _same_json(self.path / "config.json", checkpoint.card):
+            if _bytes_of(self.path / "config.json") != _as_json(checkpoint.card):
                 self.write_json("config.json", checkpoint.card)
             return Restored(
                 checkpoint=checkpoint,
                 setup_key=setup_key,
                 ledger=ledger,
                 history=history,
-                finished=(self.path / "privacy.json").exists() and checkpoint.round_key is None,
+                finished=finished,
             )
         raise DamagedRunError(problems[0] if problems else f"{root} holds no checkpoint; restore it.")
 
@@ -267,7 +289,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file atomically."""
-        _replace(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        _replace(self.path / name, _as_json(value))
 
     def write_model(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Write model.safetensors under the model's own state_dict names; equal states give equal bytes."""
@@ -277,6 +299,7 @@ class RunDirectory:
 
     def forget_keys(self) -> None:
         """Unlink the round keys: what was drawn can no longer be drawn again."""
+        self._drop_old_checkpoints()  # a crash may have come between a checkpoint and this
         for key in (self.path / "checkpoint").glob(f"*/{_ROUND_KEY}"):
             key.unlink()
 
@@ -296,6 +319,7 @@ class RunDirectory:
                 f"{self.ledger} has {len(ledger)} lines that do not continue the {noted['length']} that were written; "
                 "lines were changed or lost: restore the file."
             )
+        drop_torn_line(self.ledger)
         return ledger
 
     def _read_metrics(self, description: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -322,7 +346,7 @@ def _checkpoints(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _read_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+def _read_checkpoint(folder: Path, key_may_be_gone: bool) -> tuple[Checkpoint, dict[str, Any]]:
     try:
         description = _unsealed((folder / _DESCRIPTION).read_bytes())
         arrays = (folder / _STATE).read_bytes()
@@ -334,7 +358,7 @@ def _read_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise DamagedRunError(f"{folder / _STATE} is damaged; restore the file.")
     expected = description["round_key_commitment"]
     key = None
-    if expected is not None and (folder / _ROUND_KEY).exists():
+    if expected is not None and not (key_may_be_gone and not (folder / _ROUND_KEY).exists()):
         key = _read_key(folder / _ROUND_KEY, expected)
     try:
         params = load_arrays(arrays)["params"]
@@ -374,17 +398,21 @@ def _unsealed(data: bytes) -> dict[str, Any]:
     return json.loads(body)  # type: ignore[no-any-return]  # sealed by us
 
 
-def _same_json(path: Path, value: Mapping[str, Any]) -> bool:
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _bytes_of(path: Path) -> bytes | None:
     try:
-        return bool(json.loads(path.read_bytes()) == value)
-    except (OSError, ValueError):
-        return False
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what a killed process left of a directory that it had not finished creating."""
-    for left in parent.glob(".fedray-*-*"):
-        pid = left.name.split("-")[1]
+    """Remove what a killed process of this machine left of a directory that it had not finished creating."""
+    for left in parent.glob(f"{_UNFINISHED}*-*"):
+        pid = left.name.removeprefix(_UNFINISHED).partition("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
 

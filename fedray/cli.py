@@ -8,6 +8,7 @@ import importlib
 import io
 import signal
 import sys
+import threading
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ import tyro
 
 from fedray.config import RunConfig, flag, misfit
 from fedray.errors import FedrayError, GatewayError, InputError
+from fedray.pool import connection
 
 _DESCRIPTION = """Differentially private federated learning, simulated on Ray: many gateways train privately in parallel, an
 orchestrator averages their weights. A simulator in one trust domain: every process of the Ray cluster can read un-noised
@@ -26,6 +28,8 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
 
 
 COMMANDS: dict[str, str] = {
+    "audit": "fedray.commands.audit",
+    "frontier": "fedray.commands.frontier",
     "plan": "fedray.commands.plan",
     "report": "fedray.commands.report",
     "verify": "fedray.commands.verify",
@@ -50,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
-        return _run(parse(arguments), explicit_fields(arguments))
+        config = parse(arguments)
+        if argv is None and config.pool == "ray":  # the process' own command line: its start is what a user waits for
+            threading.Thread(target=importlib.import_module, args=("fedray.orchestrator",), daemon=True).start()
+            connection.connect_early(config.ray_address)
+        return _run(config, explicit_fields(arguments))
     except FedrayError as error:
         if isinstance(error, GatewayError) and error.details:
             print(error.details.rstrip(), file=sys.stderr)
@@ -62,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: the round under way was abandoned; what was written is intact.", file=sys.stderr)
         return 130
     finally:
+        connection.abandon_early()
         signal.signal(signal.SIGTERM, previous)
 
 

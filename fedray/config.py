@@ -76,6 +76,8 @@ class RunConfig:
     """How many lost actors a run replaces before it gives up; 0: none."""
     round_timeout: float = 3600.0
     """Seconds that a round may take; what has not answered by then counts as failed."""
+    placement_timeout: float = 30.0
+    """Seconds to wait for GPUs that the cluster has but somebody else holds."""
     on_failure: Literal["fail", "drop"] = "fail"
     """What a failed gateway means: the end of the run, or a round without it (charged all the same)."""
     max_update_norm: float | None = None
@@ -244,6 +246,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
     ),
     ("round_timeout", _POSITIVE, _is_positive),
+    ("placement_timeout", _POSITIVE, _is_positive),
     ("max_update_norm", _POSITIVE, _is_positive),
     ("lr", _POSITIVE, _is_positive),
     (

@@ -1,16 +1,26 @@
-"""--dry-run: what a run would do, where, and what it would cost; trains and writes nothing."""
+"""--dry-run: what a run would do, where, and what it would cost; trains nothing and leaves nothing behind."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from fedray.config import RunConfig
+from fedray.errors import InputError
 from fedray.plan import UserParts, prepare
+from fedray.pool.pool import Inspection
 from fedray.privacy import accounting
 from fedray.progress import Terminal
+from fedray.session import new_run_path
 from fedray.summary import privacy_rows
+from fedray.user_code import is_reference
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check everything that a run checks, place its actors, and print the plan.
+    """Check everything that a run checks, place its actors, and print the plan; on a cluster, check every node.
 
     Raises:
         InputError: The run would not start.
@@ -19,14 +29,43 @@ def dry_run(config: RunConfig) -> None:
     pool = plan.new_pool()
     try:
         where = pool.describe()
+        inspection = Inspection()
+        if config.pool == "ray" and (config.ray_address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local"):
+            with _marker(config) as marker:
+                inspection = pool.inspect(_modules(config), marker)
     finally:
         pool.close()
     rows = [
         ("where", where),
+        *inspection.rows,
         ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps"),
         ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters"),
         *privacy_rows(plan, accounting.guarantees(plan.spec, plan.charges)),
     ]
     terminal = Terminal()
-    terminal.start("fedray --dry-run: nothing was trained or written", rows, plan.warnings())
+    terminal.start("fedray --dry-run: nothing was trained or written", rows, [*inspection.remarks, *plan.warnings()])
     terminal.finish([])
+
+
+def _modules(config: RunConfig) -> list[str]:
+    """Return the modules that hold the user's code."""
+    names = [name for name in (config.dataset, config.model) if is_reference(name)]
+    return list(dict.fromkeys(name.partition(":")[0] for name in names))
+
+
+@contextmanager
+def _marker(config: RunConfig) -> Iterator[Path]:
+    """Yield a file beside the future run directory, whose creation shows that this process can write there."""
+    path = (config.resume or new_run_path(config)).absolute()
+    parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
+    try:
+        handle, name = tempfile.mkstemp(prefix=".fedray-dry-run-", dir=parent)
+    except OSError as error:
+        raise InputError(
+            f"--out {path} cannot be created ({error}); name a directory that the driver's user may write to."
+        ) from error
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        os.unlink(name)

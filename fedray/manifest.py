@@ -28,6 +28,14 @@ def as_bytes(manifest: Mapping[str, Mapping[str, str]]) -> bytes:
     return (json.dumps(manifest, indent=2) + "\n").encode()
 
 
+def holds(path: Path) -> bool:
+    """Tell whether all files of a finished run are there and as its manifest lists them."""
+    try:
+        return (path / NAME).read_bytes() == as_bytes(manifest_of(path))
+    except OSError:
+        return False
+
+
 def run_digest(path: Path) -> str:
     """Return the SHA-256 of a run directory's manifest, which stands for all of its files.
 

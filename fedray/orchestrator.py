@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import platform
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from fedray import manifest, report
-from fedray.aggregation import FedAvg, gather
+from fedray.aggregation import FedAvg, GroupResult, gather
 from fedray.budget import EpsilonCurve
 from fedray.config import RunConfig
 from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, RunInterruptedError
@@ -34,6 +36,7 @@ from fedray.summary import closing_sentences, panel_rows
 from fedray.tracking import check_available, new_tracker
 
 Float32Array = npt.NDArray[np.float32]
+log = logging.getLogger("fedray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +147,10 @@ class Orchestrator:
         publisher = Publisher(plan, session, evaluation, curve, self._progress, tracker)
         stopped = None
         try:
-            for index in range(session.round + 1, plan.config.rounds + 1):
-                try:
-                    curve.check_budget(session.ledger, index)
-                except BudgetExhaustedError as reason:
-                    stopped = str(reason)
-                    break
+            for index in session.rounds_left(plan.config.rounds):
                 round_key = next_round_key(session.round_key)
                 cohort = participation(plan, round_key, index)
-                keys = self._charge(session, round_key, index, cohort, info)
+                keys = self._charge(session, curve, round_key, index, cohort, info)
                 clock.lap("charge")
                 pool.begin(keys, session.params, cohort)
                 clock.lap("broadcast")
@@ -161,20 +159,28 @@ class Orchestrator:
                 results = pool.collect()
                 clock.lap("train")
                 total, weight, arrived = gather(results, plan.layout, device)
-                keys = self._settle(session, keys, cohort, arrived)
+                keys = self._settle(session, curve, keys, cohort, arrived, results)
                 mean = mechanism.aggregate(plan.spec, keys, total, weight, ranges_of(arrived))
                 session.advance(index, server.step(session.params, mean), round_key)
                 clock.lap("aggregate")
                 publisher.take(Outcome(round=index, seconds=clock.take(), cohort=len(cohort)))
+        except BudgetExhaustedError as reason:
+            stopped = str(reason)
         finally:
             publisher.flush()
             tracker.close()
         return stopped
 
     def _charge(
-        self, session: Session, round_key: bytes, index: int, cohort: Sequence[int], info: PoolInfo
+        self,
+        session: Session,
+        curve: EpsilonCurve,
+        round_key: bytes,
+        index: int,
+        cohort: Sequence[int],
+        info: PoolInfo,
     ) -> RoundKeys:
-        """Charge the round before it starts; return its keys."""
+        """Charge the round before it starts, unless it was when a run was cut off; return its keys."""
         plan = self.plan
         charged = ranges_of(range(plan.config.gateways) if plan.spec.secret_participation else cohort)
         attempt = session.ledger.charge(
@@ -183,16 +189,29 @@ class Orchestrator:
             steps=plan.config.local_steps,
             level=plan.spec.noise_level,
             inputs=inputs_digest(plan, session.params, info, charged),
+            afford=lambda: curve.check_budget(session.ledger, index),
         )
         session.note_ledger()
         if plan.spec.secret_participation:
             session.files.append_private({"round": index, "attempt": attempt, "cohort": list(map(int, cohort))})
         return RoundKeys(round_key=round_key, round_index=index, attempt=attempt)
 
-    def _settle(self, session: Session, keys: RoundKeys, cohort: Sequence[int], arrived: Sequence[int]) -> RoundKeys:
+    def _settle(
+        self,
+        session: Session,
+        curve: EpsilonCurve,
+        keys: RoundKeys,
+        cohort: Sequence[int],
+        arrived: Sequence[int],
+        results: Sequence[GroupResult],
+    ) -> RoundKeys:
         """Record who arrived before noise is drawn for them; return the keys of that noise."""
         spec, everybody = self.plan.spec, len(arrived) == len(cohort)
         central = level_of(spec).central_noise
+        if not everybody and not spec.secret_participation:
+            missing = ",".join(f"{first}-{last}" for first, last in ranges_of(sorted({*cohort} - {*arrived})))
+            causes = [cause for result in results for cause in result.failures]
+            log.warning("event=left_out round=%d gateways=%s causes=%r", keys.round_index, missing, causes)
         if not arrived and len(cohort) and not central:
             raise RunFailedError(f"no gateway arrived in round {keys.round_index}, so there is nothing to average.")
         ranges: Ranges = ranges_of(arrived)
@@ -203,6 +222,7 @@ class Orchestrator:
             label=mac(self.plan.setup_key, repr((keys.round_index, ranges)).encode()),
             everybody=everybody,
             central_noise=central,
+            afford=lambda: curve.check_budget(session.ledger, keys.round_index),
         )
         session.note_ledger()
         return RoundKeys(round_key=keys.round_key, round_index=keys.round_index, attempt=attempt)
@@ -222,6 +242,7 @@ class Orchestrator:
             disjoint=plan.federation.disjoint,
             rounds=session.round,
             extended=session.ledger.extensions > 0,
+            incomplete=session.ledger.incomplete_rounds,
             device=session.device,
             digests={
                 name: report.digest((files.path / name).read_bytes())
@@ -240,6 +261,7 @@ class Orchestrator:
         state, plan, path = self._restored.state, self.plan, self._restored.files.path
         plan.layout.load(plan.model, state.checkpoint.params)
         card = json.loads((path / "privacy.json").read_bytes())
+        self._restored.files.forget_keys()  # a crash may have come before it
         self._progress.finish([f"{path} is complete already; give --rounds N to add rounds to it."])
         self._stack.close()
         return Run(model=plan.model.eval(), history=tuple(state.history), privacy=card, path=path)
@@ -262,6 +284,9 @@ def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ra
         "device": info.device,
         "groups": [(group.start, group.stop) for group in info.groups],
         "gateways": gateways,
+        # Another build or processor may round differently, and the same noise must not meet another value.
+        "versions": report.versions(),
+        "machine": platform.machine(),
     }
     return hashlib.sha256(json.dumps(constants, sort_keys=True).encode() + params.tobytes()).hexdigest()
 

@@ -124,7 +124,10 @@ class Plan:
             config.device,
             config.ray_address,
             Patience(
-                max_failures=config.max_failures, round_timeout_s=config.round_timeout, drop=config.on_failure == "drop"
+                max_failures=config.max_failures,
+                round_timeout_s=config.round_timeout,
+                placement_timeout_s=config.placement_timeout,
+                drop=config.on_failure == "drop",
             ),
         )
 

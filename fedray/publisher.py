@@ -82,7 +82,7 @@ class Publisher:
 
     def take(self, outcome: Outcome) -> None:
         """Take a finished round; `flush` publishes it."""
-        self._waiting = (outcome, self._session.checkpoint(), self._session.ledger.charges())
+        self._waiting = (outcome, self._session.checkpoint(), self._session.ledger.charges(through=outcome.round))
 
     def flush(self) -> None:
         """Publish the round that waits, if one does: metrics first, as the checkpoint counts on them."""

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from fedray.config import RunConfig
@@ -19,6 +20,7 @@ _WEAK_EPSILON = 20.0
 _PACKAGES = ("fedray", "torch", "numpy", "opacus", "dp-accounting", "ray", "cryptography", "safetensors")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
@@ -92,6 +94,7 @@ def privacy_card(
     disjoint: bool,
     rounds: int,
     extended: bool,
+    incomplete: Sequence[int],
     device: str,
     digests: dict[str, str],
 ) -> dict[str, Any]:
@@ -105,10 +108,15 @@ def privacy_card(
         disjoint: Whether fedray cut the shards itself.
         rounds: Finished rounds.
         extended: Whether rounds were added to a finished run.
+        incomplete: Rounds in which gateways were left out.
         device: Kind of device that gateways trained on.
         digests: Of the files that the card speaks of.
     """
     seeded = config.seed is not None
+    uncovered = not_covered(spec, disjoint, extended)
+    if incomplete:
+        rounds_named = ", ".join(map(str, incomplete))
+        uncovered.append(f"what may have made gateways fail, who were left out (and charged) in round {rounds_named}")
     return {
         "noise_level": spec.noise_level,
         "noise_multiplier": spec.noise_multiplier if level_of(spec).is_private else None,
@@ -131,7 +139,7 @@ def privacy_card(
             "batch size, sample rate and number of steps",
             "model, initial parameters and the held-out data",
         ],
-        "not_covered": not_covered(spec, disjoint, extended),
+        "not_covered": uncovered,
         "versions": versions(),
         "digests": digests,
     }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedray import report
+from fedray import manifest, report
 from fedray.checkpoint import Checkpoint, Restored, RunDirectory
 from fedray.config import RunConfig, flag
 from fedray.errors import InputError
@@ -33,6 +33,7 @@ _FREE = frozenset(
         "memory_limit",
         "max_failures",
         "round_timeout",
+        "placement_timeout",
         "quiet",
         "track",
         "resume",
@@ -49,10 +50,14 @@ class Reopened:
     files: RunDirectory
     state: Restored
 
-    def is_complete(self, config: RunConfig) -> bool:
-        """Tell whether no round is left to do."""
+    def extends(self, config: RunConfig) -> bool:
+        """Tell whether the run had ended and gets more rounds."""
         saved = self.state.checkpoint.card["config"]["rounds"]
-        return self.state.finished and config.rounds <= max(saved, self.state.checkpoint.round)
+        return self.state.finished and config.rounds > max(saved, self.state.checkpoint.round)
+
+    def is_complete(self, config: RunConfig) -> bool:
+        """Tell whether nothing is left to do: no round, and no file of the finished run to write again."""
+        return self.state.finished and not self.extends(config) and manifest.holds(self.files.path)
 
 
 def reopen(path: Path, stack: ExitStack) -> Reopened:
@@ -102,7 +107,10 @@ def settings_of(
         saved["rounds"] = asked.rounds
     saved |= {name: getattr(asked, name) for name in explicit if name in _FREE and name != "rounds"}
     saved["resume"] = path
-    return RunConfig(**saved), sigma
+    try:
+        return RunConfig(**saved), sigma
+    except TypeError as error:
+        raise InputError(f"{path} was written by another version of fedray ({error}); go on with that one.") from error
 
 
 def _check_rounds(rounds: int, saved: int, reopened: Reopened) -> None:
@@ -141,6 +149,7 @@ class Session:
     card: Mapping[str, Any]
     keep_key: bool
     device: str
+    noted: int = 0  # lines of the ledger that `note_ledger` has seen
 
     @classmethod
     def open(
@@ -202,10 +211,12 @@ class Session:
             keep_key=not config.no_keep_key,
             device=info.device,
         )
-        if state.finished:
+        if reopened.extends(config):
             session._extend(plan)
-        elif last.round_key is None:
+        elif not state.finished and last.round_key is None:
             raise InputError(f"{files.path} was run with --no-keep-key, so it cannot be resumed; start a new run.")
+        elif not state.finished:
+            files.reopen()  # a crash may have left what an earlier end wrote
         return session
 
     def _extend(self, plan: Plan) -> None:
@@ -223,6 +234,10 @@ class Session:
         self.files.reopen()
         self.files.write_json("config.json", self.card)
 
+    def rounds_left(self, rounds: int) -> range:
+        """Return the rounds that are still to be done of `rounds`; none when the run had ended."""
+        return range(self.round + 1, rounds + 1) if self.round_key else range(0)
+
     @property
     def resumable(self) -> bool:
         """Whether the run can go on after a stop."""
@@ -235,7 +250,9 @@ class Session:
 
     def note_ledger(self) -> None:
         """Remember the ledger's length outside of it."""
-        self.files.note_ledger(len(self.ledger), self.ledger.head)
+        if len(self.ledger) > self.noted:
+            self.files.note_ledger(len(self.ledger), self.ledger.head)
+            self.noted = len(self.ledger)
 
     def advance(self, index: int, params: npt.NDArray[np.float32], round_key: bytes) -> None:
         """A round is done."""

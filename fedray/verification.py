@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedray import evidence, manifest, report
-from fedray.evidence import History, RunSettings, UntrueError
+from fedray.evidence import RunSettings, UntrueError
+from fedray.history import History, read_ledger
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.levels import level_of
@@ -94,7 +95,7 @@ def examine(path: Path, digest: str | None = None) -> Verdict:
         return verdict
     history = verdict.read(
         "ledger.jsonl",
-        lambda: evidence.read_ledger(path, settings, finished=verdict.finished),
+        lambda: read_ledger(path, settings, finished=verdict.finished),
         lambda found: found.summary,
     )
     if history is not None:

@@ -28,10 +28,11 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How to build a model (randomly initialised), and its records."""
+    """How to build a model (randomly initialised), its records, and how many classes they fall into."""
 
     build: Callable[[], nn.Module]
     record: Record
+    num_classes: int = NUM_CLASSES
 
     def __call__(self) -> nn.Module:
         return self.build()
@@ -125,6 +126,11 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
 ARCHITECTURES = {
     "mlp": Architecture(build=lambda: mlp(32, 64, 64, NUM_CLASSES), record=Record(shape=(32,))),
     "cnn": Architecture(build=cnn, record=Record(shape=(1, 8, 8))),
+    # fedray's default job: python -m fedray without flags.
+    "default_mlp": Architecture(build=lambda: mlp(16, 32, 4), record=Record(shape=(16,)), num_classes=4),
+    # Wider and wider for the cost against parameters: 77 thousand, 1.1 million.
+    "mlp_256": Architecture(build=lambda: mlp(32, 256, 256, NUM_CLASSES), record=Record(shape=(32,))),
+    "mlp_1024": Architecture(build=lambda: mlp(32, 1024, 1024, NUM_CLASSES), record=Record(shape=(32,))),
     # 6.26 million float32: 25 MB to broadcast and gather.
     "big_mlp": Architecture(build=lambda: mlp(32, 2480, 2480, NUM_CLASSES), record=Record(shape=(32,))),
     "transformer": Architecture(build=Transformer, record=Record(shape=(SEQUENCE,), vocabulary=NUM_TOKENS)),

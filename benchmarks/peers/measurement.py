@@ -122,7 +122,13 @@ class Measurement:
             self.round_seconds.append(now - self._last)
         self._last = now
 
-    def write(self, path: str, weights: Mapping[str, torch.Tensor], **extra: float | int | str) -> None:
+    def count_first_round(self, seconds: float) -> None:
+        """Count the first round of a one-round job, by its own clock: nothing steadier can be had of it."""
+        self.round_seconds.append(seconds)
+
+    def write(
+        self, path: str, weights: Mapping[str, torch.Tensor], **extra: float | int | str | dict[str, float]
+    ) -> None:
         """Write RESULT.json and, beside it, the final weights as .npz by state_dict name.
 
         Raises:
@@ -142,6 +148,7 @@ class Measurement:
             "samples_per_s": self._workload.samples_per_round / median_s,
             "gateways_per_s": self._workload.gateways / median_s,
             "peak_rss_mb": self._peak_mb(),
+            "own_peak_rss_mb": _own_peak_mb(),
             "total_s": process_age_s(),
             "final_weights": str(final),
             **extra,
@@ -155,8 +162,12 @@ class Measurement:
     def _peak_mb(self) -> float:
         if self._memory is not None:
             return self._memory.stop()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1024 / (1024 if sys.platform == "darwin" else 1)
+        return _own_peak_mb()
+
+
+def _own_peak_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 / (1024 if sys.platform == "darwin" else 1)
 
 
 def weights_distance(first: str, second: str) -> float:

@@ -127,7 +127,7 @@ def run(job: workload.Workload, measurement: Measurement) -> dict[str, torch.Ten
 def main(workload_path: str, result_path: str) -> None:
     """Run the workload and write its result."""
     job = workload.read(workload_path)
-    if job.privacy == "sample" or job.sampling == "poisson":
+    if job.privacy not in ("none", "gateway") or job.sampling == "poisson":
         raise SystemExit(
             f"pfl measures privacy 'none' or 'gateway' with 'sequential' or 'full' batches, "
             f"got {job.privacy!r} with {job.sampling!r}"

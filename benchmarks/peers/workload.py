@@ -21,10 +21,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from architectures import ARCHITECTURES, NUM_CLASSES
+from architectures import ARCHITECTURES
 from torch import nn
 
-Privacy = Literal["none", "sample", "gateway"]
+Privacy = Literal["none", "batch", "sample", "gateway"]
 Sampling = Literal["poisson", "sequential", "full"]
 Optimizer = Literal["adam", "fused_adam"]
 Array = npt.NDArray[np.generic]
@@ -36,8 +36,8 @@ Selection = npt.NDArray[np.int64] | slice
 class Workload:
     """One federated job, in fedray's words.
 
-    `privacy` is the noise level: `none`, `sample` (every record's gradient clipped and noised) or `gateway` (every
-    update clipped, noise on their sum). `sampling` says which records a local step takes:
+    `privacy` is the noise level: `none`, `batch` (every batch's gradient clipped and noised), `sample` (every record's)
+    or `gateway` (every update clipped, noise on their sum). `sampling` says which records a local step takes:
 
     - `poisson`: each record with probability batch_size / N (what the private runs are timed with);
     - `sequential`: the next batch_size records, from the first on in every round (the one order that all systems
@@ -147,7 +147,11 @@ def write(folder: Path | str, workload: Workload, num_records: int | None = None
         torch.manual_seed(workload.seed)
         initial = ARCHITECTURES[workload.model]().state_dict()
     np.savez(folder / workload.weights, **{name: tensor.numpy() for name, tensor in initial.items()})
-    path = folder / "workload.json"
+    return write_description(folder / "workload.json", workload)
+
+
+def write_description(path: Path, workload: Workload) -> Path:
+    """Write workload.json alone: another job on the data and weights that already lie beside it."""
     content = {name: value for name, value in asdict(workload).items() if name != "folder"}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
@@ -162,13 +166,14 @@ def synthesise(workload: Workload, num_records: int) -> tuple[Array, Array]:
     """Draw learnable records: a class centre plus noise, or for sequences tokens that favour their class's own."""
     stream = np.random.default_rng(workload.seed)
     shape = (workload.gateways, num_records)
-    y = stream.integers(0, NUM_CLASSES, shape)
-    record = ARCHITECTURES[workload.model].record
+    architecture = ARCHITECTURES[workload.model]
+    record, num_classes = architecture.record, architecture.num_classes
+    y = stream.integers(0, num_classes, shape)
     if record.vocabulary is not None:
-        own = stream.integers(0, record.vocabulary, (NUM_CLASSES, *record.shape))
+        own = stream.integers(0, record.vocabulary, (num_classes, *record.shape))
         drawn = stream.integers(0, record.vocabulary, (*shape, *record.shape))
         return np.where(stream.random(drawn.shape) < 0.3, own[y], drawn), y
-    centres = stream.standard_normal((NUM_CLASSES, *record.shape), dtype=np.float32)
+    centres = stream.standard_normal((num_classes, *record.shape), dtype=np.float32)
     x = stream.standard_normal((*shape, *record.shape), dtype=np.float32)
     x += np.float32(0.7) * centres[y]
     return x, y

@@ -89,7 +89,7 @@ def out_of_distribution(
         scale = _FAR * max(1e-3, float(shard.x.abs().max()))
         x = torch.from_numpy(rng.choice(np.array([-scale, scale], np.float32), shape))
     else:
-        x = torch.from_numpy(rng.choice(shard.x.unique().numpy(), shape))
+        x = torch.from_numpy(rng.choice(np.unique(shard.x.numpy()), shape))
     return Shard(x=x, y=_unlikely(model, x, shard, rng, class_labels))
 
 

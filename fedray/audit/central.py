@@ -15,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import gather
+from fedray.aggregation import GroupResult, gather
 from fedray.audit import power
 from fedray.audit.bounds import Scores, canary_gateways_mu, count, game_bound
 from fedray.audit.canaries import Directions, mislabelled
-from fedray.audit.directions import LARGEST_PLAYABLE_MU, planted_half, pooled_finding, pooled_releases
+from fedray.audit.directions import LARGEST_PLAYABLE_MU
 from fedray.audit.finding import Finding
 from fedray.audit.lab import Lab, SameShard
+from fedray.audit.pooled import planted_half, pooled_finding, pooled_releases
 from fedray.data.shards import Shard
-from fedray.pool.worker import GroupResult, Worker
+from fedray.pool.worker import Worker
 from fedray.privacy import mechanism
 from fedray.privacy.ledger import ranges_of
 from fedray.streams import RoundKeys

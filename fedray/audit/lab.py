@@ -68,6 +68,7 @@ class Lab:
         self.params = plan.layout.flatten(plan.model)
         self.device = resolve_device(plan.config.device)
         self.shards = ShardCache(plan.setup.shards, plan.setup.rules)
+        self.warm_model: torch.nn.Module | None = None  # see scenes.warmed_up
 
     @property
     def clip_norm(self) -> float:
@@ -115,14 +116,19 @@ class Lab:
         The number depends on the clock alone, never on what was released.
         """
         play(2)  # what is slow only once
-        start = time.perf_counter()
-        play(_PILOT_RUNS)
-        each = (time.perf_counter() - start) / _PILOT_RUNS
+        fixed = _seconds(play, 2)
+        each = max(1e-9, _seconds(play, 2 + _PILOT_RUNS) - fixed) / _PILOT_RUNS
         return int(min(self.effort.runs, max(_FEWEST_RUNS, self.effort.game_seconds / each)))
 
     def attacked_steps(self, most: int, at_least: int = 1) -> int:
         """Return how many steps or rounds to attack so that mu = sqrt(n)/sigma comes near 1, at most `most`."""
         return max(1, min(most, max(at_least, round(self.sigma**2))))
+
+
+def _seconds(play: Callable[[int], object], runs: int) -> float:
+    start = time.perf_counter()
+    play(runs)
+    return time.perf_counter() - start
 
 
 @contextmanager

@@ -210,4 +210,5 @@ def _losses(
     model = copy.deepcopy(model).eval()
     layout.load(model, params)
     values = loss(model(records.x), records.y).double().numpy()
-    return np.nan_to_num(values, nan=0.0, posinf=1e30, neginf=-1e30)
+    finite: Float64Array = np.nan_to_num(values, nan=0.0, posinf=1e30, neginf=-1e30)
+    return finite

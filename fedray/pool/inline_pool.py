@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from fedray.aggregation import GroupResult
 from fedray.pool.placement import groups_of
-from fedray.pool.pool import PoolInfo, members
+from fedray.pool.pool import Inspection, PoolInfo, members
 from fedray.pool.worker import Worker, WorkerSetup, resolve_device
 from fedray.streams import RoundKeys
 
@@ -38,6 +39,10 @@ class InlinePool:
     def describe(self) -> str:
         """See `Pool.describe`."""
         return f"this process, {self._device.type}, 1 thread, one gateway group after the other"
+
+    def inspect(self, modules: Sequence[str], marker: Path | None) -> Inspection:
+        """Return nothing: this process has all that it needs."""
+        return Inspection()
 
     def start(self) -> PoolInfo:
         """Build the worker."""

@@ -5,6 +5,7 @@ Shares are counted in ten-thousandths, Ray's own unit, and rounded down so that 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ GATEWAY_SLOTS_PER_GPU = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A machine: its id in the cluster, CPU cores and GPUs."""
+    """A machine: its id in the cluster, and what is free of its CPU cores and GPUs (1.9: one whole and most of one)."""
 
     node_id: str
     num_cpus: float
@@ -30,7 +31,7 @@ class ActorSlot:
     Args:
         gateways: The ids it hosts, a contiguous range fixed for the run.
         node: Index of its node.
-        bundle: Index of its GPU over the whole cluster, or None.
+        bundle: Index of its GPU among those that are used, or None.
         num_cpus: Share of CPU cores.
         num_gpus: Share of its GPU.
     """
@@ -44,9 +45,15 @@ class ActorSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """All actors of a run."""
+    """All actors of a run.
+
+    Args:
+        actors: In gateway order.
+        gpu_bundles: What each bundle takes of its GPU: all of it, or what somebody else, such as the driver, left.
+    """
 
     actors: tuple[ActorSlot, ...]
+    gpu_bundles: tuple[float, ...] = ()
 
     @property
     def groups(self) -> tuple[range, ...]:
@@ -91,7 +98,7 @@ def place(gateways: int, nodes: Sequence[Node], gateways_per_actor: int | str, u
         InputError: Nothing fits.
     """
     cores = sum(int(node.num_cpus) for node in nodes)
-    gpus = [index for index, node in enumerate(nodes) for _ in range(int(node.num_gpus))]
+    gpus = [(index, units) for index, node in enumerate(nodes) for units in _gpu_units(node.num_gpus)]
     slots = GATEWAY_SLOTS_PER_GPU * len(gpus) if use_gpus else cores
     if slots < 1:
         needs = "one GPU" if use_gpus else "one CPU core"
@@ -104,48 +111,49 @@ def place(gateways: int, nodes: Sequence[Node], gateways_per_actor: int | str, u
     return _on_cores(groups_of(gateways, actors), nodes)
 
 
-def _on_gpus(groups: Sequence[range], nodes: Sequence[Node], gpus: Sequence[int]) -> Placement:
-    per_gpu = -(-len(groups) // len(gpus))
-    gpu_share = UNITS // per_gpu
+def _gpu_units(num_gpus: float) -> list[int]:
+    """Return what is free of each GPU; a rest below one gateway's slot is left to who has the others."""
+    whole, rest = divmod(round(num_gpus * UNITS), UNITS)
+    return [UNITS] * whole + [rest] * (rest >= UNITS // GATEWAY_SLOTS_PER_GPU)
+
+
+def _on_gpus(groups: Sequence[range], nodes: Sequence[Node], gpus: Sequence[tuple[int, int]]) -> Placement:
+    gpu_share, hosts = _spread([units for _, units in gpus], len(groups))
+    on_node = [0] * len(nodes)
+    for gpu in hosts:
+        on_node[gpus[gpu][0]] += 1
     # Every node must hold the actors of all its GPUs: its cores bound the CPU share of each.
     cpu_share = min(
-        UNITS, *(int(node.num_cpus * UNITS) // (int(node.num_gpus) * per_gpu) for node in nodes if int(node.num_gpus))
+        UNITS, *(int(node.num_cpus * UNITS) // count for node, count in zip(nodes, on_node, strict=True) if count)
     )
     if cpu_share < 1 or gpu_share < 1:
         raise InputError(
             f"{len(groups)} actors do not fit on {len(gpus)} GPUs and the cores beside them; raise --gateways-per-actor."
         )
-    shared = groups_of(len(groups), min(len(groups), len(gpus)))  # evenly: 17 actors leave none of 16 GPUs idle
-    hosts = [bundle for bundle, actors in enumerate(shared) for _ in actors]
+    used = sorted(set(hosts))
+    bundles = {gpu: bundle for bundle, gpu in enumerate(used)}
     return Placement(
         actors=tuple(
             ActorSlot(
                 gateways=group,
-                node=gpus[bundle],
-                bundle=bundle,
+                node=gpus[gpu][0],
+                bundle=bundles[gpu],
                 num_cpus=cpu_share / UNITS,
                 num_gpus=gpu_share / UNITS,
             )
-            for group, bundle in zip(groups, hosts, strict=True)
-        )
+            for group, gpu in zip(groups, hosts, strict=True)
+        ),
+        gpu_bundles=tuple(gpus[gpu][1] / UNITS for gpu in used),
     )
 
 
 def _on_cores(groups: Sequence[range], nodes: Sequence[Node]) -> Placement:
     capacity = [int(node.num_cpus * UNITS) for node in nodes]
-    share = _largest_share(capacity, len(groups))
+    share, hosts = _spread(capacity, len(groups))
     if share < 1:
         raise InputError(
             f"{len(groups)} actors do not fit on {sum(capacity) / UNITS:g} CPU cores; raise --gateways-per-actor."
         )
-    rooms = [units // share for units in capacity]
-    hosts: list[int] = []
-    taken = [0] * len(nodes)
-    for _ in groups:  # the emptiest node next, so that gateways spread
-        node = min((n for n in range(len(nodes)) if taken[n] < rooms[n]), key=lambda n: (taken[n] / rooms[n], n))
-        taken[node] += 1
-        hosts.append(node)
-    hosts.sort()
     return Placement(
         actors=tuple(
             ActorSlot(gateways=group, node=host, bundle=None, num_cpus=share / UNITS, num_gpus=0.0)
@@ -154,8 +162,26 @@ def _on_cores(groups: Sequence[range], nodes: Sequence[Node]) -> Placement:
     )
 
 
-def _largest_share(capacity: Sequence[int], actors: int) -> int:
-    """Return the largest share, at most one core, of which `actors` fit without straddling nodes."""
-    candidates = {UNITS} | {units // k for units in capacity for k in range(1, actors + 1) if units // k <= UNITS}
-    fitting = [share for share in candidates if share >= 1 and sum(units // share for units in capacity) >= actors]
-    return max(fitting, default=0)
+def _spread(capacity: Sequence[int], actors: int) -> tuple[int, list[int]]:
+    """Return the largest share, at most a whole one, of which `actors` fit without straddling hosts, and their hosts.
+
+    The emptiest host is next, so that gateways spread. The share is 0 when they do not fit.
+    """
+    low, high = 0, UNITS  # the number that fits falls as the share grows
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(units // middle for units in capacity) >= actors:
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        return 0, []
+    rooms = [units // low for units in capacity]
+    queue = [(0.0, host, 0) for host, room in enumerate(rooms) if room]
+    hosts = []
+    for _ in range(actors):
+        _, host, taken = heapq.heappop(queue)
+        hosts.append(host)
+        if taken + 1 < rooms[host]:
+            heapq.heappush(queue, ((taken + 1) / rooms[host], host, taken + 1))
+    return low, sorted(hosts)

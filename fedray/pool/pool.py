@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -36,11 +37,26 @@ class Patience:
         max_failures: Lost actors that a run replaces.
         round_timeout_s: Seconds that a round may take.
         drop: Leave out what failed instead of ending the run.
+        placement_timeout_s: Seconds to wait for GPUs that the cluster has and somebody else holds.
     """
 
     max_failures: int
     round_timeout_s: float
     drop: bool
+    placement_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found where gateways would run.
+
+    Args:
+        rows: Name and text, for people.
+        remarks: What they should know.
+    """
+
+    rows: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Pool(Protocol):
@@ -51,6 +67,18 @@ class Pool(Protocol):
 
         Raises:
             InputError: The machine or cluster cannot host it.
+        """
+        ...
+
+    def inspect(self, modules: Sequence[str], marker: Path | None) -> Inspection:
+        """Check every machine of a cluster: versions, free resources, the user's modules, a shared directory.
+
+        Args:
+            modules: To be importable everywhere.
+            marker: A file in the directory that should be shared; None to ask for none.
+
+        Raises:
+            InputError: Gateways would not run somewhere; says where, and why.
         """
         ...
 

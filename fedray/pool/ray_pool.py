@@ -1,4 +1,4 @@
-"""Gateways in Ray actors. The only module that imports Ray.
+"""Gateways in Ray actors.
 
 Actors are long-lived and get their setup once, from the object store. A round puts the parameters there once, calls each
 actor once, and takes results as they become ready.
@@ -7,15 +7,11 @@ actor once, and takes results as they become ready.
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import signal
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,48 +20,25 @@ import torch
 
 from fedray.aggregation import GroupResult
 from fedray.errors import FedrayError, GatewayError, InputError, RunFailedError
-from fedray.pool.placement import Node, Placement, place
-from fedray.pool.pool import Patience, PoolInfo, members
+from fedray.pool import connection
+from fedray.pool.machines import describe, machines_of, survey
+from fedray.pool.placement import Placement, place
+from fedray.pool.pool import Inspection, Patience, PoolInfo, members
 from fedray.pool.worker import Worker, WorkerSetup, resolve_device
 from fedray.streams import RoundKeys
 
 
-def _import_ray() -> Any:
-    # A local Ray would otherwise write a token file into the home directory and warn about it at each start.
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    return ray
-
-
-def _check_reachable(address: str) -> None:
-    """Raise InputError when nothing listens at host:port; Ray itself would try for minutes and then end the process."""
-    if address.startswith("ray://"):
-        raise InputError(
-            f"--ray-address {address} is Ray Client, which is too slow for fedray; give the cluster's own host:port, or "
-            "start the run with `ray job submit`."
-        )
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        return  # "local" or "auto"; Ray answers at once for anything else
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise InputError(
-            f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out."
-        ) from error
-
-
 def _last_line(error: object) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def _names(group: range) -> str:
+    # Of the whole group: who of it takes part may be secret.
+    return f"gateways {group.start}-{group.stop - 1}" if len(group) > 1 else f"gateway {group.start}"
 
 
 log = logging.getLogger("fedray")
 START_TIMEOUT_S = 300.0
-CONNECT_TIMEOUT_S = 5.0
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _FAILURE_GRACE_S = 1.0  # how long to listen for the same failure from other actors
 
@@ -101,12 +74,9 @@ class _Actor:
         self._worker: Worker | None = None
 
     def ready(self) -> str:
-        """Build the worker (not in the constructor, whose errors Ray reports as deaths); return its kind of device."""
-        torch.set_num_threads(1)
-        setup, name, sharing = self._arguments
-        device = resolve_device(name)
-        self._worker = Worker(setup, device, sharing)
-        return device.type
+        """Build the worker; return its kind of device."""
+        self._built()
+        return resolve_device(self._arguments[1]).type
 
     def load(self, gateways: Sequence[int], key: bytes) -> dict[int, str]:
         """See `Worker.load`."""
@@ -117,7 +87,11 @@ class _Actor:
         return self._built().train(keys, params, gateways)
 
     def _built(self) -> Worker:
-        assert self._worker is not None, "ready() comes first"
+        # Not in the constructor, whose errors Ray reports as deaths.
+        if self._worker is None:
+            torch.set_num_threads(1)
+            setup, name, sharing = self._arguments
+            self._worker = Worker(setup, resolve_device(name), sharing)
         return self._worker
 
 
@@ -148,12 +122,13 @@ class RayPool:
         self._device = device
         self._address = address
         self._ray: Any = None
-        self._owns_ray = False
+        self._connection: connection.Connection | None = None
         self._placement: Placement | None = None
         self._group: Any = None
         self._patience = patience
         self._actors: dict[int, Any] = {}
         self._failures = 0
+        self._kind = ""
         self._setup_ref: Any = None
         self._sharing: Counter[tuple[int | None, int]] = Counter()
         self._round: _Round | None = None
@@ -164,49 +139,57 @@ class RayPool:
         Raises:
             InputError: No such cluster, or the gateways do not fit on it.
         """
-        self._ray = ray = _import_ray()
-        if not ray.is_initialized():
-            address = self._address or os.environ.get("RAY_ADDRESS") or "local"
-            _check_reachable(address)
-            options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-            terminate = signal.getsignal(signal.SIGTERM)
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise InputError(
-                    f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out."
-                ) from error
-            self._owns_ray = True
-            if callable(terminate) and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place, which prints and exits with 15
-        nodes = [
-            Node(
-                node_id=node["NodeID"],
-                num_cpus=node["Resources"].get("CPU", 0.0),
-                num_gpus=node["Resources"].get("GPU", 0.0),
-            )
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
-        has_gpus = any(node.num_gpus >= 1 for node in nodes)
+        self._connection = connection.connect(self._address)
+        self._ray = ray = self._connection.ray
+        self._nodes = machines_of(ray)
+        has_gpus = any(machine.num_gpus >= 1 for machine in self._nodes)
         if self._device == "cuda" and not has_gpus:
             raise InputError("--device is cuda but the cluster has no GPU; use --device cpu or auto.")
-        self._placement = place(
-            self._gateways, nodes, self._gateways_per_actor, use_gpus=has_gpus and self._device != "cpu"
-        )
-        self._nodes = nodes
+        free = [machine.free for machine in self._nodes]
+        try:
+            self._placement = place(
+                self._gateways, free, self._gateways_per_actor, use_gpus=has_gpus and self._device != "cpu"
+            )
+        except InputError as error:
+            if all(machine.is_idle for machine in self._nodes):
+                raise
+            raise InputError(f"{str(error).removesuffix('.')} (free are {describe(self._nodes)}).") from None
         return self._placement
 
     def describe(self) -> str:
         """See `Pool.describe`."""
         return self.connect().describe()
 
+    def inspect(self, modules: Sequence[str], marker: Path | None) -> Inspection:
+        """See `Pool.inspect`."""
+        placement = self._placement or self.connect()
+        if placement.gpu_bundles:
+            self._reserve_gpus(placement)
+        found = survey(self._ray, self._nodes, modules, marker)
+        if found.problems:
+            raise InputError(
+                f"{'; '.join(found.problems)}: run the same image on every node, or send your module along with `ray job "
+                "submit --working-dir`."
+            )
+        rows = [("nodes", describe(self._nodes)), ("versions", f"{', '.join(found.versions)} on all nodes")]
+        if modules:
+            rows.append(("modules", f"{', '.join(modules)}: the same on all nodes"))
+        if marker is not None:
+            rows.append(("files", f"{marker.parent}: writable on {found.sharing} of {len(self._nodes)} nodes"))
+        return Inspection(rows=tuple(rows), remarks=found.remarks)
+
     def start(self) -> PoolInfo:
         """Start all actors and wait until they are ready."""
         placement = self._placement or self.connect()
-        if any(slot.bundle is not None for slot in placement.actors):
+        if placement.gpu_bundles:
             self._reserve_gpus(placement)
-        self._setup_ref = self._ray.put(self._setup)
+        try:
+            self._setup_ref = self._ray.put(self._setup)
+        except TypeError as error:  # Ray's own message is a page
+            raise InputError(
+                f"model, loss or shards cannot be sent to actors ({error.__cause__ or 'not serializable'}); open files and "
+                "connections where a shard is loaded, not before."
+            ) from error
         self._sharing = Counter((slot.bundle, slot.node) for slot in placement.actors)
         for index in range(len(placement.actors)):
             self._actors[index] = self._new_actor(index)
@@ -216,16 +199,16 @@ class RayPool:
             try:
                 kinds |= set(self._wait_all([call], START_TIMEOUT_S, "start"))
             except _ActorLostError as error:
-                kinds.add(self._restart(index, error, "the start", time.monotonic() + START_TIMEOUT_S))
+                kinds.add(self._restart(index, error, 0, time.monotonic() + START_TIMEOUT_S))
         if len(kinds) != 1:
             raise InputError(
                 f"actors found different devices ({', '.join(sorted(kinds))}), so results would depend on placement; "
                 "use --device cpu."
             )
-        device = kinds.pop()
+        self._kind = device = kinds.pop()
+        hosts = len({slot.node for slot in placement.actors})
         return PoolInfo(
-            summary=f"{placement.describe()}, on {device}, 1 thread each, on {len(self._nodes)} "
-            f"node{'s' * (len(self._nodes) > 1)}",
+            summary=f"{placement.describe()}, on {device}, 1 thread each, on {hosts} node{'s' * (hosts > 1)}",
             groups=placement.groups,
             device=device,
         )
@@ -233,10 +216,20 @@ class RayPool:
     def load(self, key: bytes) -> dict[int, str]:
         """See `Pool.load`."""
         assert self._placement is not None, "start() comes first"
-        calls = [self._actors[index].load.remote(group, key) for index, group in enumerate(self._placement.groups)]
+        limit = max(START_TIMEOUT_S, self._patience.round_timeout_s)
+        deadline = time.monotonic() + limit
+        calls = {
+            index: self._actors[index].load.remote(group, key) for index, group in enumerate(self._placement.groups)
+        }
         found: dict[int, str] = {}
-        for part in self._wait_all(calls, max(START_TIMEOUT_S, self._patience.round_timeout_s), "load their shards"):
-            found |= part
+        while calls:
+            index, call = next(iter(calls.items()))
+            try:
+                found |= self._wait_all([call], max(0.0, deadline - time.monotonic()), "load their shards")[0]
+                del calls[index]
+            except _ActorLostError as error:
+                self._restart(index, error, 0, deadline)
+                calls[index] = self._actors[index].load.remote(self._placement.groups[index], key)
         return found
 
     def begin(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> None:
@@ -288,23 +281,29 @@ class RayPool:
         if self._group is not None:
             self._ray.util.remove_placement_group(self._group)
             self._group = None
-        if self._owns_ray:
-            self._ray.shutdown()
-            self._owns_ray = False
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _new_actor(self, index: int, anywhere: bool = False) -> Any:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-
+        strategies = self._ray.util.scheduling_strategies
         assert self._placement is not None
         slot = self._placement.actors[index]
-        strategy: Any = NodeAffinitySchedulingStrategy(self._nodes[slot.node].node_id, soft=True)
+        strategy: Any = strategies.NodeAffinitySchedulingStrategy(self._nodes[slot.node].node_id, soft=True)
         if slot.bundle is not None:
-            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle)
+            strategy = strategies.PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=slot.bundle
+            )
         elif anywhere:  # its node may be gone; a node that joined later serves as well
             strategy = "SPREAD"
         options = {"num_cpus": slot.num_cpus, "num_gpus": slot.num_gpus, "scheduling_strategy": strategy}
         actor = self._ray.remote(_Actor).options(**options)
         return actor.remote(self._setup_ref, self._device, self._sharing[slot.bundle, slot.node])
+
+    @property
+    def _groups(self) -> tuple[range, ...]:
+        assert self._placement is not None, "start() comes first"
+        return self._placement.groups
 
     def _call(self, index: int) -> None:
         current = self._round
@@ -320,31 +319,35 @@ class RayPool:
         current = self._round
         assert current is not None
         try:
-            self._restart(index, error, f"round {current.keys.round_index}", current.deadline)
+            kind = self._restart(index, error, current.keys.round_index, current.deadline)
         except RunFailedError:
+            self._stop(index)
             if not self._patience.drop:
                 raise
             return
+        if kind != self._kind:
+            raise RunFailedError(
+                f"the actor of {_names(self._groups[index])} came back on {kind} instead of {self._kind}, so results would "
+                "depend on placement; use --device cpu, or free a GPU."
+            )
         self._call(index)
 
-    def _restart(self, index: int, error: Any, when: str, deadline: float) -> str:
+    def _restart(self, index: int, error: Any, round_index: int, deadline: float) -> str:
         """Start an actor again after back-off, as often as --max-failures allows; return its kind of device."""
-        assert self._placement is not None
-        group = self._placement.groups[index]
-        names = f"{group.start}-{group.stop - 1}"
+        names, allowed = _names(self._groups[index]), self._patience.max_failures
         while True:
             self._stop(index)
             self._failures += 1
             log.warning(
-                "when=%r gateways=%s event=actor_lost failure=%d/%d cause=%r",
-                when, names, self._failures, self._patience.max_failures, _last_line(error),
+                "event=actor_lost round=%d gateways=%s failure=%d allowed=%d cause=%r",
+                round_index, names.split()[-1], self._failures, allowed, _last_line(error),
             )  # fmt: skip
-            if self._failures > self._patience.max_failures:
+            if self._failures > allowed:
                 raise RunFailedError(
-                    f"the actor of gateways {names} was lost in {when} ({_last_line(error)}), and --max-failures "
-                    f"{self._patience.max_failures} is used up; see why actors die, or raise it."
+                    f"the actor of {names} was lost in {f'round {round_index}' if round_index else 'the start'} "
+                    f"({_last_line(error)}), and --max-failures {allowed} is used up; see why actors die, or raise it."
                 )
-            time.sleep(min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2 ** (self._failures - 1)))
+            time.sleep(min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2 ** min(self._failures - 1, 10)))
             self._actors[index] = self._new_actor(index, anywhere=True)
             limit = min(START_TIMEOUT_S, max(1.0, deadline - time.monotonic()))
             try:
@@ -356,13 +359,16 @@ class RayPool:
         """Kill what has not answered in time; end the run, or go on without it."""
         late = sorted(current.pending.values())
         current.pending.clear()
-        names = ", ".join(f"{current.groups[index][0]}-{current.groups[index][-1]}" for index in late)
+        names = ", ".join(_names(self._groups[index]) for index in late)
         for index in late:
             self._stop(index)
-        log.warning("round=%d gateways=%s event=timeout", current.keys.round_index, names)
+            log.warning(
+                "event=timeout round=%d gateways=%s limit_s=%g",
+                current.keys.round_index, _names(self._groups[index]).split()[-1], self._patience.round_timeout_s,
+            )  # fmt: skip
         if not self._patience.drop:
             raise RunFailedError(
-                f"gateways {names} did not finish round {current.keys.round_index} within --round-timeout "
+                f"{names} did not finish round {current.keys.round_index} within --round-timeout "
                 f"{self._patience.round_timeout_s:g} s; raise it, or use --on-failure drop to go on without them."
             )
 
@@ -376,13 +382,18 @@ class RayPool:
         for slot in placement.actors:
             assert slot.bundle is not None
             bundles[slot.bundle] = bundles.get(slot.bundle, 0.0) + slot.num_cpus
-        wanted = [{"GPU": 1, "CPU": round(cpus, 4)} for _, cpus in sorted(bundles.items())]
+        gpus = placement.gpu_bundles
+        wanted = [{"GPU": gpus[bundle], "CPU": round(cpus, 4)} for bundle, cpus in sorted(bundles.items())]
         self._group = self._ray.util.placement_group(wanted, strategy="PACK")
-        ready, _ = self._ray.wait([self._group.ready()], timeout=START_TIMEOUT_S)
-        if not ready:
+        if not self._group.wait(self._patience.placement_timeout_s):
+            self._ray.util.remove_placement_group(self._group)  # what it has tried to take must not count
+            self._group = None
+            counts = Counter(f"{bundle['GPU']:g} of one GPU with {bundle['CPU']:g} CPU beside it" for bundle in wanted)
+            needs = ", ".join(f"{count} × {what}" for what, count in counts.items())
             raise InputError(
-                f"{len(wanted)} whole GPUs with {wanted[0]['CPU']:g} CPU each are needed, free are "
-                f"{self._ray.available_resources()}; free some, or raise --gateways-per-actor."
+                f"{len(placement.actors)} actors need {needs}, and did not get it within --placement-timeout "
+                f"{self._patience.placement_timeout_s:g} s; free are {describe(machines_of(self._ray))}: free some, wait "
+                "longer, or use --device cpu."
             )
 
     def _wait_all(self, calls: Sequence[Any], timeout_s: float | None, purpose: str) -> list[Any]:

@@ -146,11 +146,13 @@ class Worker:
         self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]
     ) -> tuple[list[int], npt.NDArray[np.float32], list[str]]:
         """Return who arrived, their updates, and what was wrong with the others."""
+        rows: _Rows | None = None
         try:
-            rows: _Rows = self._trainer.train(keys, params, gateways, self._shards)
+            rows = self._trainer.train(keys, params, gateways, self._shards)
         except GatewayError:
             if len(gateways) == 1 and not self._setup.drop_failures:
                 raise
+        if rows is None:  # outside the handler, so that the user's traceback does not show the first attempt as well
             # One by one, to find whose fault it is: a gateway's round does not depend on who trains beside it.
             rows = self._one_by_one(keys, params, gateways)
         problems = self._problems(rows, gateways, keys.round_index)

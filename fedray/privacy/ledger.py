@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,10 @@ class Entry:
         return json.dumps(fields, allow_nan=False)
 
 
+def _always() -> None:
+    """Afford anything."""
+
+
 def ranges_of(gateways: Sequence[int]) -> Ranges:
     """Return sorted ids as inclusive ranges."""
     if isinstance(gateways, range):
@@ -81,10 +85,13 @@ class Ledger:
     def __init__(self, path: Path | None, entries: Iterable[Entry] = ()) -> None:
         self._path = path
         self._entries: list[Entry] = []
+        self._of_round: defaultdict[int, list[Entry]] = defaultdict(list)
+        self._most = [Charges(steps=0, rounds=0)]  # after each entry
         self._heads = [GENESIS]
         self._tally = _Tally()
         for entry in entries:
             self._remember(entry)
+        self._read = len(self._entries)  # what another process may have acted upon
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -103,8 +110,25 @@ class Ledger:
         """Tell whether the first `length` lines have this chained hash."""
         return length < len(self._heads) and self._heads[length] == head
 
-    def charge(self, *, round_index: int, gateways: Ranges, steps: int, level: str, inputs: str) -> int:
+    def charge(
+        self,
+        *,
+        round_index: int,
+        gateways: Ranges,
+        steps: int,
+        level: str,
+        inputs: str,
+        afford: Callable[[], None] = _always,
+    ) -> int:
         """Charge an attempt at a round before it runs and return the attempt's number.
+
+        Args:
+            round_index: From 1.
+            gateways: Ranges of those who are charged.
+            steps: Local steps that each is charged.
+            level: The noise level.
+            inputs: Digest of all public inputs.
+            afford: Called before a new charge is written; raises when the budget does not allow it.
 
         Guarantee:
             The charge is on disk when this returns. The same round with the same inputs is the same attempt: its noise
@@ -115,6 +139,7 @@ class Ledger:
         for entry in attempts:
             if (entry.inputs, entry.gateways) == (inputs, gateways):
                 return entry.attempt
+        afford()
         entry = Entry(
             round=round_index, attempt=len(attempts), gateways=gateways, steps=steps, level=level, inputs=inputs
         )
@@ -122,7 +147,15 @@ class Ledger:
         return entry.attempt
 
     def arrive(
-        self, *, round_index: int, attempt: int, arrived: Ranges, label: str, everybody: bool, central_noise: bool
+        self,
+        *,
+        round_index: int,
+        attempt: int,
+        arrived: Ranges,
+        label: str,
+        everybody: bool,
+        central_noise: bool,
+        afford: Callable[[], None] = _always,
     ) -> int:
         """Record who arrived before the aggregate noise is drawn; return the attempt whose noise may be used.
 
@@ -133,28 +166,33 @@ class Ledger:
             label: A MAC of who arrived.
             everybody: Whether the whole cohort did.
             central_noise: Whether the orchestrator adds noise; otherwise who arrived changes no release.
+            afford: See `charge`.
 
         Guarantee:
             With central noise two different sets never share an attempt: when an attempt that may have been released
-            meets another set than before, a new attempt is charged.
+            meets another set than before, a new attempt is charged. Nor do two inputs: a set that arrived in an attempt
+            with other inputs counts for nothing here.
 
         Edge cases:
             An attempt whose whole cohort arrived leaves no line, so nothing is written in a round without failures.
         """
-        charged = next(entry for entry in self._events("charge", round_index) if entry.attempt == attempt)
-        arrivals = self._events("arrival", round_index)
-        for entry in arrivals:
-            if entry.inputs == label:
-                return entry.attempt
-        settled = any(entry.attempt == attempt for entry in arrivals)
-        if everybody and not settled:
+        charged = self._events("charge", round_index)[attempt]
+        before = [entry.inputs for entry in self._events("arrival", round_index) if entry.attempt == attempt]
+        if everybody and not before:
             return attempt
-        released_before = settled or charged in self._entries[: self._read]
-        if central_noise and released_before:
-            attempt = len(self._events("charge", round_index))
-            inputs = hashlib.sha256(f"{charged.inputs} {label}".encode()).hexdigest()
-            self._append(replace(charged, attempt=attempt, inputs=inputs))
-        self._append(replace(charged, event="arrival", attempt=attempt, gateways=arrived, steps=0, inputs=label))
+        perhaps_released = set(before) != {label} if before else charged in self._entries[: self._read]
+        if central_noise and perhaps_released:
+            attempt = self.charge(
+                round_index=round_index,
+                gateways=charged.gateways,
+                steps=charged.steps,
+                level=charged.level,
+                inputs=hashlib.sha256(f"{charged.inputs} {label}".encode()).hexdigest(),
+                afford=afford,
+            )
+        arrival = replace(charged, event="arrival", attempt=attempt, gateways=arrived, steps=0, inputs=label)
+        if arrival not in self._events("arrival", round_index):
+            self._append(arrival)
         return attempt
 
     def extend(self, *, finished: int, rounds: int, level: str, root_commitment: str) -> int:
@@ -170,6 +208,8 @@ class Ledger:
             inputs=root_commitment,
             rounds=rounds,
         )
+        if self._entries and replace(self._entries[-1], attempt=number) == entry:
+            return self._entries[-1].attempt  # a crash came before anything else was done
         self._append(entry)
         return number
 
@@ -178,31 +218,40 @@ class Ledger:
         """How often the run was extended."""
         return sum(entry.event == "extension" for entry in self._entries)
 
-    def charges(self) -> Charges:
-        """Return what the most charged gateway was charged (the maximum over gateways, as shards are disjoint)."""
-        return self._tally.most()
+    @property
+    def incomplete_rounds(self) -> list[int]:
+        """Rounds in which not the whole cohort arrived, at some attempt."""
+        return sorted({entry.round for entry in self._entries if entry.event == "arrival"})
 
-    _read = 0  # how many entries came from a file
+    def charges(self, through: int | None = None) -> Charges:
+        """Return what the most charged gateway was charged (the maximum over gateways, as shards are disjoint).
+
+        Args:
+            through: Leave out what was charged after the last attempt at this round: a later round that had started
+                when a run was cut off is in the ledger before the earlier one is repeated.
+        """
+        last = len(self._entries)
+        while through is not None and last and self._entries[last - 1].round > through:
+            last -= 1
+        return self._most[last]
 
     def _events(self, event: str, round_index: int) -> list[Entry]:
-        found = []
-        for entry in reversed(self._entries):  # a round's events are the last ones
-            if entry.round < round_index and entry.event == "charge":
-                break
-            if entry.event == event and entry.round == round_index:
-                found.append(entry)
-        return found[::-1]
+        return [entry for entry in self._of_round[round_index] if entry.event == event]
 
     def _append(self, entry: Entry) -> None:
         if self._path is not None:
+            if len(self._entries) == self._read:
+                drop_torn_line(self._path)
             _append_line(self._path, entry.line(self.head))
         self._remember(entry)
 
     def _remember(self, entry: Entry) -> None:
         self._entries.append(entry)
         self._heads.append(hashlib.sha256(entry.line(self.head).encode()).hexdigest())
+        self._of_round[entry.round].append(entry)
         if entry.event == "charge":
             self._tally.add(entry.gateways, entry.steps)
+        self._most.append(self._tally.most())
 
 
 class _Tally:
@@ -242,27 +291,25 @@ class _Tally:
 
 
 def read(path: Path) -> Ledger:
-    """Read a ledger file; a torn last line (a crash while writing: its round never started) is dropped.
+    """Read a ledger file; a torn last line (a crash while writing: its round never started) is not counted.
+
+    The file is left as it is, so that what is damaged can still be repaired; see `drop_torn_line`.
 
     Raises:
         DamagedRunError: A line is not what was written, or one is missing in the middle.
     """
     try:
-        raw = path.read_bytes()
+        complete, newline, _torn = path.read_bytes().rpartition(b"\n")
     except OSError as error:
         raise DamagedRunError(f"{path} cannot be read ({error}); restore the file.") from error
-    complete, newline, torn = raw.rpartition(b"\n")
-    if torn:
-        with path.open("r+b") as file:
-            file.truncate(len(raw) - len(torn))
-            os.fsync(file.fileno())
-    ledger = Ledger(path)
-    for number, line in enumerate((complete + newline).splitlines(), start=1):
+    entries: list[Entry] = []
+    head = GENESIS
+    for number, line in enumerate((complete + newline).split(b"\n")[:-1], start=1):
         try:
             fields: dict[str, Any] = json.loads(line)
             previous = fields.pop("previous")
             entry = Entry(**{**fields, "gateways": tuple(tuple(pair) for pair in fields["gateways"])})
-            unchanged = previous == ledger.head and entry.line(previous).encode() == line
+            unchanged = previous == head and entry.line(previous).encode() == line
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedRunError(f"{path}: line {number} is not a ledger line ({error}); restore the file.") from error
         if not unchanged:
@@ -270,9 +317,19 @@ def read(path: Path) -> Ledger:
                 f"{path}: line {number} does not follow from the line before it; lines were changed or lost: "
                 "restore the file."
             )
-        ledger._remember(entry)
-    ledger._read = len(ledger)
-    return ledger
+        entries.append(entry)
+        head = hashlib.sha256(line).hexdigest()
+    return Ledger(path, entries)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a ledger file after its last complete line, before more lines follow."""
+    raw = path.read_bytes() if path.exists() else b""
+    complete = raw.rfind(b"\n") + 1
+    if complete < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(complete)
+            os.fsync(file.fileno())
 
 
 def _append_line(path: Path, line: str) -> None:

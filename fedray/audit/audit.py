@@ -1,0 +1,147 @@
+"""The audit of a run: every attack of its level on the very code that the run would use, and one verdict."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedray import report
+from fedray.audit import central, directions, inversion, membership, outliers, pooled, records
+from fedray.audit.bounds import ALPHA
+from fedray.audit.finding import Finding
+from fedray.audit.lab import DEFAULT, THOROUGH, Lab, one_thread
+from fedray.errors import InputError
+from fedray.plan import Plan
+from fedray.privacy.levels import level_of
+
+_ATTACKS: dict[str, tuple[Callable[[Lab], list[Finding]], ...]] = {
+    "sample": (
+        directions.attack_directions,
+        pooled.attack_pooled,
+        records.attack_records,
+        membership.attack_one_run,
+        membership.attack_model,
+    ),
+    "batch": (directions.attack_directions, records.attack_records),
+    "gateway": (central.attack_aggregation,),
+}
+NOTES = (
+    "An attack can refute a claim, never prove it: consistent means that these attacks found nothing.",
+    f"Each bound exceeds the truth with probability at most {ALPHA:g}; thresholds and numbers of guesses were fixed before "
+    "the attacks were played, and no bound uses the claimed sigma.",
+    "Attacked are clipping, sampling, noise and aggregation as this machine runs them; not attacked are timings, the random "
+    "number generator's key, floating-point rounding (Mironov 2012) and whatever the report lists as not covered.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture for audit.json."""
+
+    title: str
+    png: bytes
+
+    def as_dict(self) -> dict[str, str]:
+        """Return title and base64 PNG."""
+        return {"title": self.title, "png_base64": base64.b64encode(self.png).decode()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """A finished audit.
+
+    Args:
+        plan: Of the run that was attacked.
+        findings: One an attack.
+        pictures: What an attack sees.
+        outliers: The outlier report's rows; empty when it was not asked for.
+        seconds: Wall-clock time.
+        notes: What the audit does and does not prove.
+    """
+
+    plan: Plan
+    findings: Sequence[Finding]
+    pictures: Sequence[Picture]
+    outliers: Sequence[outliers.Row]
+    seconds: float
+    notes: Sequence[str] = field(default=NOTES)
+
+    @property
+    def violated(self) -> bool:
+        """Whether an attack refuted a claim."""
+        return any(finding.violated for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """Return "consistent" or "VIOLATED"."""
+        return "VIOLATED" if self.violated else "consistent"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of audit.json."""
+        spec = self.plan.spec
+        return {
+            "verdict": self.verdict,
+            "level": spec.noise_level,
+            "noise_multiplier": spec.noise_multiplier,
+            "clip_norm": spec.clip_norm,
+            "sample_rate": spec.sample_rate,
+            "batch_size": spec.batch_size,
+            "local_steps": spec.local_steps,
+            "rounds": self.plan.config.rounds,
+            "engine": self.plan.setup.engine,
+            "num_params": self.plan.layout.num_params,
+            "alpha": ALPHA,
+            "attacks": [finding.as_dict() for finding in self.findings],
+            "outliers": [row.as_dict() for row in self.outliers],
+            "pictures": [picture.as_dict() for picture in self.pictures],
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+            "config": {key: value for key, value in self.plan.config.as_dict().items() if key != "seed"},
+            "seeded": self.plan.config.seed is not None,
+            "versions": report.versions(),
+        }
+
+
+def run_audit(plan: Plan, *, thorough: bool = False, with_outliers: bool = False) -> Audit:
+    """Attack a planned run; nothing is charged and no run directory is touched.
+
+    Args:
+        plan: From `fedray.plan.prepare`: any data, model and loss that a run takes.
+        thorough: Play more and longer games.
+        with_outliers: Add the outlier report (needs scikit-learn and matplotlib).
+
+    Raises:
+        InputError: Level `none`, which promises nothing; or a library for the outlier report is missing.
+        GatewayError: The user's code failed in a gateway.
+    """
+    if not level_of(plan.spec).is_private:
+        raise InputError(
+            "--noise-level is none, which promises nothing, so there is nothing to audit; choose sample, batch or gateway."
+        )
+    start = time.perf_counter()
+    if with_outliers:
+        outliers.check_libraries()
+    with one_thread():
+        lab = Lab(plan, THOROUGH if thorough else DEFAULT)
+        findings = [finding for attack in _ATTACKS[plan.spec.noise_level] for finding in attack(lab)]
+        pictures, notes = [], list(NOTES)
+        try:
+            pictures.append(Picture(title=inversion.TITLE, png=inversion.picture(lab.rng("inversion"))))
+        except InputError as missing:
+            notes.append(f"no picture of the inversion attack: {missing}")
+        rows: Sequence[outliers.Row] = ()
+        if with_outliers:
+            rows = outliers.report_rows(lab)
+            pictures.append(Picture(title=outliers.TITLE, png=outliers.picture(lab, rows)))
+            notes.append(outliers.NOTE)
+    return Audit(
+        plan=plan,
+        findings=findings,
+        pictures=pictures,
+        outliers=rows,
+        seconds=time.perf_counter() - start,
+        notes=notes,
+    )

@@ -1,0 +1,124 @@
+"""Connecting to Ray, or starting it: the only module that imports it.
+
+Starting takes seconds, most of them waiting, so the command line does it while a thread imports torch. Imports no torch
+itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from fedray.errors import InputError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """A process' connection to Ray.
+
+    Args:
+        ray: The library.
+        owned: Whether fedray made the connection, and so has to end it.
+    """
+
+    ray: Any
+    owned: bool
+
+    def close(self) -> None:
+        """End the connection, and Ray itself where it is local, if fedray made it."""
+        if self.owned:
+            self.ray.shutdown()
+
+
+_early: Connection | None = None
+
+
+def connect_early(address: str | None) -> None:
+    """Connect before the pool that will need it exists; the next `connect` takes this connection.
+
+    Must be called on the main thread: a local Ray ends with the thread that started it.
+
+    Raises:
+        InputError: Nothing answers at the address.
+    """
+    global _early  # noqa: PLW0603 - a process has one connection to Ray
+    _early = _connect(address)
+
+
+def connect(address: str | None) -> Connection:
+    """Connect to a cluster, or start a local Ray.
+
+    Args:
+        address: --ray-address; None for RAY_ADDRESS if set, else a local Ray.
+
+    Raises:
+        InputError: Nothing answers at the address.
+    """
+    global _early
+    early, _early = _early, None
+    return early or _connect(address)
+
+
+def abandon_early() -> None:
+    """Undo `connect_early` when no `connect` followed, because the run did not start."""
+    global _early
+    early, _early = _early, None
+    if early is not None:
+        early.close()
+
+
+def _connect(address: str | None) -> Connection:
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Ray would otherwise write a token file into the home directory and warn about it at each start. A cluster has a
+        # token already, which Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or that file.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers of a local Ray import these while they wait for their first actor.
+    os.environ.setdefault("RAY_preload_python_modules", "torch,fedray.pool.worker")
+    import ray  # a second, and only runs on Ray pay for it
+    import ray.util.scheduling_strategies
+
+    if ray.is_initialized():
+        return Connection(ray=ray, owned=False)
+    _check_reachable(address)
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out; if one runs "
+            "there, RAY_AUTH_MODE and RAY_AUTH_TOKEN must be the same here as there."
+        ) from error
+    if callable(terminate) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place, which prints and exits with 15
+    return Connection(ray=ray, owned=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise InputError when nothing listens at host:port; Ray itself would try for minutes and then end the process."""
+    if address.startswith("ray://"):
+        raise InputError(
+            f"--ray-address {address} is Ray Client, which is too slow for fedray; give the cluster's own host:port, or "
+            "start the run with `ray job submit`."
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "local" or "auto"; Ray answers at once for anything else
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise InputError(
+            f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out."
+        ) from error

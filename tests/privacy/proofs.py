@@ -1,0 +1,454 @@
+"""The laws of privacy.md, each as one function that passes on the real mechanism and fails on a mutated one.
+
+Every proof runs real code of fedray through public calls and raises AssertionError. Honest tests call them as they are,
+mutant tests under a patch. Each statistic has alpha = 1e-6 (see `checks`); all draws have fixed seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray import Orchestrator, RunConfig
+from fedray.data.shards import Shard
+from fedray.orchestrator import gather
+from fedray.params import Layout
+from fedray.privacy import accounting, mechanism, noise
+from fedray.privacy.accounting import Charges
+from fedray.privacy.noise import LocalNoise
+from fedray.privacy.sampling import PoissonSampler
+from fedray.privacy.spec import PrivacySpec
+from tests.privacy import checks
+from tests.privacy.worlds import (
+    NUM_FEATURES,
+    NUM_OUTPUTS,
+    Observed,
+    keys_of,
+    model_of,
+    observe,
+    observe_nothing,
+    product_loss,
+    random_shard,
+    shard_of,
+    spec_of,
+    training_of,
+    wide_model,
+    without_last,
+    worker_of,
+)
+
+COORDINATES = 120_000
+
+
+# --- what every release must look like ------------------------------------------------------------------------------
+
+
+def releases_are_as_declared(observed: Observed, spec: PrivacySpec) -> None:
+    """Each step releases (clipped + noise)/divisor once, with the public divisor and exactly the noise it names."""
+    divisor = spec.batch_size if spec.noise_level == "sample" else 1
+    per_gateway: dict[int, list[int]] = {}
+    for gateway, step in observed.steps:
+        per_gateway.setdefault(gateway, []).append(step)
+    for gateway, steps in per_gateway.items():
+        assert steps == list(range(spec.local_steps)), f"gateway {gateway} released steps {steps}"
+    for seen in observed.steps.values():
+        release = seen.release
+        assert release.divisor == divisor, f"divided by {release.divisor}, public is {divisor}"
+        expected = (release.clipped.astype(np.float64) + release.noise) / divisor
+        np.testing.assert_allclose(seen.gradient, expected, rtol=1e-5, atol=1e-5 * spec.noise_std / divisor)
+
+
+# --- T1: noise law ---------------------------------------------------------------------------------------------------
+
+
+def local_noise_law(engine: str, level: str) -> None:
+    """T1, local noise seen through the trainer's observer: 120 000 coordinates of released − clipped are N(0, sigma·C)."""
+    spec = spec_of(level, local_steps=20)
+    model = wide_model(COORDINATES // 20)
+    shard = random_shard(16, num_outputs=COORDINATES // 20 // (NUM_FEATURES + 1))
+    observed = observe(engine, model, training_of(spec), {3: shard}, keys_of(1))
+    releases_are_as_declared(observed, spec)
+    added = observed.noise()
+    assert added.size == COORDINATES
+    checks.check_noise_law(added, spec.noise_std)
+
+
+def aggregate_noise_law() -> None:
+    """T1, noise of the aggregate: (released · expected cohort − sum) is N(0, sigma·C), once for the whole sum."""
+    spec = spec_of("gateway")
+    total = np.random.default_rng(0).normal(size=COORDINATES)
+    released = mechanism.aggregate(spec, keys_of(1), total, 4.0, ((0, 3),))
+    checks.check_noise_law(released * spec.expected_cohort - total, spec.noise_std)
+
+
+def run_noise_law(engine: str, level: str, out: Path) -> None:
+    """T1, noise of a whole run without data in the way: what the parameters moved by is noise of the claimed size.
+
+    Nobody is ever sampled (q = .002, four records), and at the `gateway` level the learning rate is too small to move anything.
+    """
+    gateways, steps, batch_size, lr = 2, 3, 2, 0.5
+    private_step = level != "gateway"
+    config = RunConfig(
+        noise_level=level,  # type: ignore[arg-type]  # one of the literals
+        rounds=1,
+        local_steps=steps,
+        batch_size=batch_size,
+        samples_per_gateway=1000,
+        noise_multiplier=0.7,
+        clip_norm=20.0,
+        optimizer="sgd",
+        lr=lr if private_step else 1e-30,
+        seed=4,
+        pool="inline",
+        engine=engine,  # type: ignore[arg-type]  # one of the literals
+        device="cpu",
+        out=out,
+    )
+    num_outputs = COORDINATES // (NUM_FEATURES + 1)
+    shard = random_shard(2, num_outputs=num_outputs)
+    pairs = [(shard.x.numpy(), shard.y.numpy())] * gateways
+
+    def model() -> torch.nn.Module:
+        return wide_model(COORDINATES)
+
+    orchestrator = Orchestrator(pairs, model=model, loss=product_loss, config=config)
+    layout = orchestrator.plan.layout
+    before = layout.flatten(orchestrator.plan.model).astype(np.float64)
+    moved = layout.flatten(orchestrator.run().model) - before
+    factor = (
+        lr * math.sqrt(steps / gateways) / (batch_size if level == "sample" else 1) if private_step else 1 / gateways
+    )
+    checks.check_noise_law(moved, 0.7 * 20.0 * factor)
+
+
+# --- T2: independence ------------------------------------------------------------------------------------------------
+
+
+def local_noise_independence(engine: str, level: str) -> None:
+    """T2, through the observer: noise of different gateways, steps, rounds and attempts is uncorrelated."""
+    spec = spec_of(level)
+    num_params = 3000
+    model = wide_model(num_params)
+    shards = {g: random_shard(4, seed=g, num_outputs=num_params // (NUM_FEATURES + 1)) for g in (0, 1, 5)}
+    rows = [
+        observe(engine, model, training_of(spec), shards, keys_of(2, index, attempt)).noise()
+        for index, attempt in ((1, 0), (1, 1), (2, 0), (11, 0))
+    ]
+    checks.check_independence(np.concatenate(rows))
+
+
+def stream_independence() -> None:
+    """T2, at the source: gateways, steps, rounds, attempts, purposes and arrived sets each have noise of their own."""
+    spec, length = spec_of("sample"), 5000
+    rows: list[npt.NDArray[np.float32]] = []
+    for index, attempt in ((1, 0), (1, 1), (2, 0), (3, 0)):
+        keys = keys_of(3, index, attempt)
+        local = LocalNoise(spec, keys, range(4))
+        for step in range(3):
+            out = np.empty((4, length), np.float32)
+            local.fill(step, out)
+            rows.extend(out)
+        for arrived in (((0, 3),), ((0, 2),), ((0, 1), (3, 3)), ((0, 0), (2, 3)), ()):
+            rows.append(noise.aggregate_noise(spec, keys, arrived, length))
+        rows.extend(keys.stream(purpose, 0).normals(0, length) for purpose in ("batches", "model draws", "new purpose"))
+    checks.check_independence(np.stack(rows))
+
+
+# --- T3: sampler -----------------------------------------------------------------------------------------------------
+
+
+def draws_of(spec: PrivacySpec, num_records: int, draws: int, seed: int = 0) -> npt.NDArray[np.bool_]:
+    """Return `[T, N]`: who was in which batch; draws go over steps, gateways, rounds and attempts."""
+    drawn = np.zeros((draws, num_records), np.bool_)
+    steps, row = 100, 0
+    while row < draws:
+        block = row // steps
+        keys = keys_of(seed, 1 + block % 4, attempt=block % 3)
+        sampler = PoissonSampler(spec, keys, gateway=block)
+        for step in range(min(steps, draws - row)):
+            drawn[row, sampler.batch(step, num_records)] = True
+            row += 1
+    return drawn
+
+
+def sampler_law(num_records: int) -> None:
+    """T3: 20 000 draws at q = .1 give every record its rate, and batch sizes the variance of Poisson sampling."""
+    rate = 0.1
+    drawn = draws_of(spec_of("sample", sample_rate=rate), num_records, 20_000)
+    checks.check_record_counts(drawn, rate)
+    checks.check_batch_sizes(drawn, rate)
+    empty, expected = (~drawn.any(axis=1)).mean(), (1 - rate) ** num_records
+    assert abs(empty - expected) <= 4.9 * math.sqrt(expected * (1 - expected) / 20_000) + 1e-9
+    # Different gateways, steps, rounds and attempts draw on their own.
+    half = spec_of("sample", sample_rate=0.5)
+    rows = [
+        draws_of(half, 4000, 6, seed=5),
+        *(
+            _inclusion(PoissonSampler(half, keys_of(5, index, attempt), gateway).batch(step, 4000), 4000)
+            for index, attempt in ((1, 1), (2, 0))
+            for gateway in (0, 1, 7)
+            for step in (0, 1)
+        ),
+    ]
+    checks.check_independence(np.concatenate([np.atleast_2d(row) for row in rows]) - 0.5)
+
+
+def _inclusion(batch: npt.NDArray[np.int64], num_records: int) -> npt.NDArray[np.bool_]:
+    drawn = np.zeros(num_records, np.bool_)
+    drawn[batch] = True
+    return drawn
+
+
+def empty_batches_are_steps(engine: str, level: str) -> None:
+    """T3, N = 20, q = .1: an eighth of the batches are empty, and these release nothing but full noise."""
+    spec = spec_of(level, sample_rate=0.1, batch_size=2, local_steps=250)
+    observed = observe(
+        engine, wide_model(60), training_of(spec, lr=1e-3), {0: random_shard(20, num_outputs=10)}, keys_of(6)
+    )
+    releases_are_as_declared(observed, spec)
+    empty = [seen for seen in observed.steps.values() if len(seen.release.batch) == 0]
+    assert 10 <= len(empty) <= 60, f"{len(empty)} of 250 batches are empty, 30 are expected"
+    assert all(not seen.release.clipped.any() for seen in empty)
+    checks.check_noise_law(np.stack([seen.noise for seen in empty]), spec.noise_std)
+
+
+# --- T4: sensitivity -------------------------------------------------------------------------------------------------
+
+
+def neighbours_differ_at_most(
+    engine: str, kind: str, level: str, shard: Shard, neighbour: Shard, *, bound: float, rate: float = 0.5
+) -> None:
+    """Record D, replay D′: at every step the released sums differ by at most `bound`, and nothing else differs.
+
+    Without an observer a trainer may take another path: so one step without it must obey the bound as well.
+    """
+    spec = spec_of(level, sample_rate=rate)
+    model, training, keys = model_of(kind), training_of(spec), keys_of(8)
+    first = observe(engine, model, training, {2: shard}, keys)
+    second = observe(engine, model, training, {2: neighbour}, keys, replay=first.steps)
+    nearest = replace(training, privacy=replace(spec, local_steps=1), lr=1.0)  # lr 1: the update is −gradient
+    updates = [observe_nothing(engine, model, nearest, {2: held}, keys) for held in (shard, neighbour)]
+    released = [update * (spec.batch_size if level == "sample" else 1) for update in updates]
+    rounding = 1e-5 * (spec.noise_std * math.sqrt(released[0].size) + 10 * spec.clip_norm * spec.batch_size)
+    checks.check_distance(*released, bound + rounding)
+    common = min(shard.num_records, neighbour.num_records)
+    assert first.steps.keys() == second.steps.keys() == {(2, step) for step in range(spec.local_steps)}
+    for where, one in first.steps.items():
+        other = second.steps[where]
+        checks.check_distance(one.release.clipped, other.release.clipped, bound)
+        assert np.isfinite(one.gradient).all()
+        assert np.isfinite(other.gradient).all()
+        assert one.release.noise.tobytes() == other.release.noise.tobytes(), "neighbours got different noise"
+        assert one.release.divisor == other.release.divisor, "the divisor depends on private data"
+        mine, theirs = one.release.batch, other.release.batch
+        assert mine[mine < common].tolist() == theirs[theirs < common].tolist(), "other records were sampled"
+    releases_are_as_declared(first, spec)
+    releases_are_as_declared(second, spec)
+
+
+def hard_shards() -> Iterator[tuple[str, Shard]]:
+    """Yield shards whose last record is as unpleasant as possible for the sum of the others."""
+    ones, target = torch.ones(NUM_FEATURES), torch.ones(NUM_OUTPUTS)
+    for num_records in (2, 7, 8, 9, 16, 17, 24):
+        shard = random_shard(num_records, seed=num_records, scale=5.0)
+        yield f"{num_records} normal records", shard
+    aligned = shard_of(10 * ones.repeat(9, 1), target.repeat(9, 1))
+    yield "duplicates", aligned
+    for name, factor in (("an opposite giant", -1e4), ("a giant", 1e15), ("an overflow", 1e30), ("a dwarf", 1e-30)):
+        x = aligned.x.clone()
+        x[-1] = factor * ones
+        yield name, Shard(x=x, y=aligned.y)
+    for name, value in (("NaN", math.nan), ("inf", math.inf), ("zero", 0.0)):
+        x = aligned.x.clone()
+        x[-1, 0] = value
+        if value == 0.0:
+            x[-1] = 0.0
+        yield name, Shard(x=x, y=aligned.y)
+
+
+def record_sensitivity(engine: str) -> None:
+    """T4 for `sample`: one record more or less moves the released sum by at most C, whatever it holds."""
+    clip_norm = spec_of("sample").clip_norm
+    for kind in ("linear", "mlp"):
+        for _, shard in hard_shards():
+            neighbours_differ_at_most(engine, kind, "sample", shard, without_last(shard), bound=clip_norm, rate=1.0)
+
+
+def batch_sensitivity(engine: str) -> None:
+    """T4 for `batch`: any other shard moves the released value by at most 2C, silence by C."""
+    spec = spec_of("batch", sample_rate=1.0)
+    shards = [shard for _, shard in hard_shards()]
+    for one, other in zip(shards, [*shards[1:], shards[0]], strict=True):
+        neighbours_differ_at_most(engine, "linear", "batch", one, other, bound=2 * spec.clip_norm, rate=1.0)
+        observed = observe(engine, model_of("linear"), training_of(spec), {0: one}, keys_of(8))
+        for seen in observed.steps.values():
+            checks.check_distance(seen.release.clipped, np.zeros_like(seen.release.clipped), spec.clip_norm)
+
+
+def gateway_sensitivity(engine: str) -> None:
+    """T4 for `gateway`: leaving one gateway out moves the aggregate by at most C/cohort, another shard by 2C/cohort."""
+    spec = spec_of("gateway", expected_cohort=3.0)
+    device = torch.device("cpu")
+    shards = [random_shard(5, seed=1), random_shard(30, seed=2, scale=3.0), random_shard(90, seed=3, scale=100.0)]
+
+    def released(held: list[Shard]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
+        local = worker_of(engine, model_of("mlp"), training_of(spec, lr=5.0), held)
+        keys = keys_of(9)
+        layout = Layout.of(model_of("mlp"))
+        results = [local.train(keys, layout.flatten(model_of("mlp")), [gateway]) for gateway in range(3)]
+        total, weight, arrived = gather(results, layout, device)
+        return mechanism.aggregate(spec, keys, total, weight, arrived), np.concatenate([r.updates for r in results])
+
+    honest, updates = released(shards)
+    norms = np.linalg.norm(updates.astype(np.float64), axis=1)
+    assert norms.max() > 0.99 * spec.clip_norm, "nothing was clipped: the proof would prove nothing"
+    for update in updates:
+        checks.check_distance(update, np.zeros_like(update), spec.clip_norm)
+    silent, _ = released([*shards[:2], shard_of(np.zeros((90, NUM_FEATURES)), np.zeros((90, NUM_OUTPUTS)))])
+    checks.check_distance(honest * 3, silent * 3, spec.clip_norm)
+    replaced, _ = released([*shards[:2], random_shard(1, seed=4, scale=100.0)])
+    checks.check_distance(honest * 3, replaced * 3, 2 * spec.clip_norm)
+
+
+def aggregate_divisor_is_public() -> None:
+    """T4 for `gateway`: the divisor is the public expected cohort, whoever arrived; nobody at all is still noise."""
+    spec, keys = spec_of("gateway", expected_cohort=3.0), keys_of(9)
+    for arrived, weight in ((((0, 3),), 4.0), (((1, 1),), 1.0), ((), 0.0)):
+        total = np.full(50, weight)
+        released = mechanism.aggregate(spec, keys, total, weight, arrived)
+        added = noise.aggregate_noise(spec, keys, arrived, 50)
+        assert added.all()
+        np.testing.assert_allclose(released, (total + added) / 3.0, rtol=1e-12)
+
+
+# --- T11: accounting ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=128)
+def independent_epsilon(sigma: float, rate: float, count: int, delta: float) -> float:
+    """Return epsilon by dp-accounting's own PLD accountant, or from exact GDP in 50 digits where nothing is sampled."""
+    if rate >= 1.0:
+        return gdp_epsilon(math.sqrt(count) / sigma, delta)
+    from dp_accounting import dp_event
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+    accountant.compose(event, count)
+    return float(accountant.get_epsilon(delta))
+
+
+def gdp_delta(epsilon: float, mu: float) -> float:
+    """Return delta(epsilon) = Phi(−eps/mu + mu/2) − e^eps · Phi(−eps/mu − mu/2) in 50 digits."""
+    import mpmath
+
+    with mpmath.workdps(50):
+        e, m = mpmath.mpf(epsilon), mpmath.mpf(mu)
+        return float(mpmath.ncdf(-e / m + m / 2) - mpmath.exp(e) * mpmath.ncdf(-e / m - m / 2))
+
+
+def gdp_epsilon(mu: float, delta: float) -> float:
+    """Return the smallest epsilon with gdp_delta(epsilon, mu) ≤ delta, by bisection."""
+    if gdp_delta(0.0, mu) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while gdp_delta(high, mu) > delta:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gdp_delta(middle, mu) > delta else (low, middle)
+    return high
+
+
+Expected = dict[tuple[str, str], tuple[float, float, int]]
+
+
+def _guarantees_match(spec: PrivacySpec, charges: Charges, expected: Expected) -> None:
+    found = {(str(g.unit), str(g.adjacency)): g.epsilon for g in accounting.guarantees(spec, charges)}
+    assert list(found) == list(expected), f"guarantees are {list(found)}, must be {list(expected)}"
+    for claim, (sigma, rate, count) in expected.items():
+        truth = independent_epsilon(sigma, rate, count, spec.delta)
+        assert abs(found[claim] - truth) <= 0.01 * truth, f"{claim}: epsilon {found[claim]:.4f}, truth is {truth:.4f}"
+
+
+def sample_guarantees() -> None:
+    """T11: the `sample` level's guarantee agrees with an independent accountant within 1 %."""
+    spec = spec_of("sample", noise_multiplier=1.0, sample_rate=0.1)
+    _guarantees_match(spec, Charges(steps=100, rounds=5), {("record", "add-or-remove"): (1.0, 0.1, 100)})
+
+
+def batch_guarantees() -> None:
+    """T11: the `batch` level's three guarantees: 2C and C without amplification, and sigma/2 sampled per record."""
+    spec = spec_of("batch", noise_multiplier=1.0, sample_rate=0.1)
+    _guarantees_match(
+        spec,
+        Charges(steps=100, rounds=5),
+        {
+            ("gateway", "replace"): (0.5, 1.0, 100),
+            ("gateway", "zero-out"): (1.0, 1.0, 100),
+            ("record", "add-or-remove"): (0.5, 0.1, 100),
+        },
+    )
+
+
+def gateway_guarantees() -> None:
+    """T11: the `gateway` level's three guarantees, by rounds."""
+    spec = spec_of("gateway", noise_multiplier=1.0, sample_rate=0.1)
+    _guarantees_match(
+        spec,
+        Charges(steps=100, rounds=20),
+        {
+            ("gateway", "zero-out"): (1.0, 1.0, 20),
+            ("gateway", "replace"): (0.5, 1.0, 20),
+            ("record", "add-or-remove"): (0.5, 1.0, 20),
+        },
+    )
+
+
+def run_charges(engine: str, level: str, out: Path) -> None:
+    """T11, T3: a real run charges every started local step, empty batches included, and prints that epsilon.
+
+    N = 20 and q = .1: an eighth of the batches are empty. Epsilon of each round comes from an independent accountant.
+    """
+    rounds, steps, sigma = 3, 4, 0.9
+    shards = [(s.x.numpy(), s.y.numpy()) for s in (random_shard(20, seed=seed) for seed in range(3))]
+    config = RunConfig(
+        noise_level=level,  # type: ignore[arg-type]  # one of the literals
+        rounds=rounds,
+        local_steps=steps,
+        batch_size=2,
+        samples_per_gateway=20,
+        noise_multiplier=sigma,
+        seed=5,
+        pool="inline",
+        engine=engine,  # type: ignore[arg-type]  # one of the literals
+        device="cpu",
+        out=out,
+    )
+    run = Orchestrator(shards, model=lambda: model_of("mlp"), loss=product_loss, config=config).run()
+    lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["attempt"], line["steps"]) for line in lines] == [(r, 0, steps) for r in (1, 2, 3)]
+    assert all(line["gateways"] == [[0, 2]] and line["level"] == level for line in lines)
+    assert run.privacy["steps"] == rounds * steps
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        done = record["round"]
+        truth = {
+            "sample": {"record": (sigma, 0.1, done * steps)},
+            "batch": {"gateway": (sigma / 2, 1.0, done * steps), "record": (sigma / 2, 0.1, done * steps)},
+            "gateway": {"gateway": (sigma, 1.0, done), "record": (sigma / 2, 1.0, done)},
+        }[level]
+        assert record["epsilon"].keys() == truth.keys()
+        for unit, (multiplier, rate, count) in truth.items():
+            expected = independent_epsilon(multiplier, rate, count, config.delta)
+            assert abs(record["epsilon"][unit] - expected) <= 0.01 * expected, (
+                f"round {done}: epsilon per {unit} is {record['epsilon'][unit]:.4f}, truth is {expected:.4f}"
+            )

@@ -1,0 +1,126 @@
+"""Runs that fail or are interrupted, end to end: exit codes, what is said, and what stays readable."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedray.cli import main
+
+FAILS_IN_ROUND_3 = """
+import pathlib, time
+import torch
+from torch import nn
+
+HERE = pathlib.Path(__file__).parent
+
+class Sensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+    def forward(self, x):
+        metrics = HERE / "run" / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 2:
+            (HERE / "failed_at").write_text(str(time.time()))
+            raise ValueError("the sensor broke")
+        return self.layer(x)
+
+def make():
+    return Sensor()
+"""
+ENDLESS = [*("--gateways", "2", "--rounds", "100000", "--samples-per-gateway", "64", "--local-steps", "1")]
+
+
+@pytest.mark.parametrize("pool", ["ray", pytest.param("inline", marks=pytest.mark.slow)])
+def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3)
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "fedray",
+                "--model",
+                "mine:make",
+                "--gateways",
+                "4",
+                "--out",
+                "run",
+                "--pool",
+                pool,
+            ),
+            *("--samples-per-gateway", "64", "--local-steps", "2"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    ended = time.time()
+    assert done.returncode == 1, done.stderr
+    assert ended - float((tmp_path / "failed_at").read_text()) < 10
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: gateway")]
+    assert len(said) == 1
+    assert "failed in round 3: ValueError: the sensor broke" in said[0]
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.count('raise ValueError("the sensor broke")') == 1
+    assert "RayTaskError" not in done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in metrics] == [1, 2]
+    assert [entry["round"] for entry in ledger] == [1, 2, 3]  # what was started is charged
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def _restore_interrupt() -> None:
+    # A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        ("SIGINT", "inline"),
+        ("SIGTERM", "ray"),
+        pytest.param("SIGINT", "ray", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "inline", marks=pytest.mark.slow),
+    ],
+)
+def test_main_ends_with_130_when_interrupted(name: str, pool: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedray", *ENDLESS, "--out", "run", "--pool", pool],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_restore_interrupt,  # noqa: PLW1509  # the function only resets a signal
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1/"):
+            break
+    process.send_signal(signal.Signals[name])
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert len(stderr.splitlines()) <= 2  # what happened, and how to go on
+    rounds = [json.loads(line)["round"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rounds == list(range(1, len(rounds) + 1))
+    assert rounds
+
+
+def test_main_names_gateways_whose_training_diverges(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--pool", "inline", "--noise-level", "none", "--optimizer", "sgd", "--lr", "1e30", "--gateways", "2"]
+    assert main([*argv, "--samples-per-gateway", "64", "--out", str(outdir)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: gateway 0")
+    assert "NaN or infinite in round 1" in said
+    assert "lower --lr" in said

@@ -1,0 +1,169 @@
+"""Reference models, and the checks that a user's model passes or fails."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fedray import models
+from fedray.errors import InputError
+from fedray.streams import forked_global_rng
+
+X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])
+
+
+def test_mlp_takes_records_of_any_shape() -> None:
+    assert models.mlp((1, 8, 8), 10)(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    assert models.mlp((16,), 4)(torch.zeros(3, 16)).shape == (3, 4)
+
+
+def test_mlp_is_the_issues_16_32_4() -> None:
+    assert [tuple(parameter.shape) for parameter in models.mlp((16,), 4).parameters()] == [
+        (32, 16),
+        (32,),
+        (4, 32),
+        (4,),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 4, 7)])
+def test_cnn_takes_images(shape: tuple[int, int, int]) -> None:
+    assert models.cnn(shape, 10)(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_cnn_normalises_within_records() -> None:
+    assert any(isinstance(module, nn.GroupNorm) for module in models.cnn((1, 8, 8), 10).modules())
+
+
+@pytest.mark.parametrize("shape", [(16,), (8, 8), (1, 3, 8)])
+def test_cnn_refuses_what_is_no_image(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="--model cnn needs images"):
+        models.cnn(shape, 10)
+
+
+class Module(nn.Module):
+    """A linear layer inside the forward of a subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+
+class FunctionalDropout(Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.layer(x), training=self.training)
+
+
+class TiedTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).tanh()))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * self.scale)
+
+
+GOOD = {
+    "linear": lambda: nn.Linear(6, 3),
+    "dropout": lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 3)),
+    "functional_dropout": FunctionalDropout,
+    "layer_norm": lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)),
+    "group_norm": lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.Linear(8, 3)),
+    "frozen_layer": lambda: nn.Sequential(nn.Linear(6, 8).requires_grad_(False), nn.Linear(8, 3)),
+    "tied": TiedTwice,
+    "own_parameter": Scale,
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_check_accepts(name: str) -> None:
+    with forked_global_rng(1):
+        assert models.check(GOOD[name](), X, Y, None) == 3
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_check_record_gradients_accepts(name: str) -> None:
+    with forked_global_rng(1):
+        models.check_record_gradients(GOOD[name](), X, Y, models.cross_entropy)
+
+
+def test_check_leaves_the_model_unchanged() -> None:
+    model = GOOD["dropout"]()
+    before = copy.deepcopy(model.state_dict())
+    with forked_global_rng(1):
+        models.check(model, X, Y, None)
+        models.check_record_gradients(model, X, Y, models.cross_entropy)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_check_sees_a_coupling_even_if_all_records_are_equal() -> None:
+    class Centred(Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x - x.mean(dim=0))
+
+    with forked_global_rng(1), pytest.raises(InputError, match="depends on the other records"):
+        models.check(Centred(), torch.ones(1, 6), Y[:1], None)
+
+
+def test_check_names_the_module_that_couples() -> None:
+    class Sorted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.norm()
+
+    model = nn.Sequential(nn.Linear(6, 4), Sorted(), nn.Linear(4, 3))
+    with pytest.raises(InputError, match=r"the output of 1 \(Sorted\) for a record depends on the other records"):
+        models.check(model, X, Y, None)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_check_names_batch_norm_and_the_remedy(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(kind(8)), nn.Linear(8, 3))
+    with pytest.raises(InputError, match=rf"1\.0 is {kind.__name__}.*use GroupNorm or LayerNorm, or --fix-model"):
+        models.check(model, X, Y, None)
+
+
+def test_check_refuses_instance_norm_that_keeps_statistics() -> None:
+    model = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten())
+    model.append(nn.Linear(6, 3))
+    with pytest.raises(InputError, match=r"buffer 1\.running_mean changes during a forward pass"):
+        models.check(model, X, Y, None)
+
+
+def test_fix_replaces_batch_norm() -> None:
+    model = models.fix(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+    assert isinstance(model, nn.Sequential)
+    assert isinstance(model[1], nn.GroupNorm)
+    assert model[:2](X).std() > 0.1  # one feature a group would normalise everything away
+    assert models.check(model, X, Y, None) == 3
+
+
+def test_fix_replaces_batch_norm_of_images() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3))
+    assert models.check(models.fix(model), torch.rand(3, 1, 8, 8), Y[:3], None) == 3
+
+
+def test_fix_leaves_a_good_model_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    fixed = models.fix(copy.deepcopy(model))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fixed.parameters(), strict=True))
+
+
+def test_cross_entropy_gives_one_value_a_record() -> None:
+    values = models.cross_entropy(torch.zeros(5, 4), Y)
+    assert torch.allclose(values, torch.full((5,), 4.0).log())

@@ -1,0 +1,40 @@
+"""Epsilons in words and figures."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedray.privacy.accounting import Guarantee
+from fedray.report import format_epsilon, sentence
+
+
+@given(st.floats(1e-6, 1e6))
+def test_format_epsilon_never_understates(epsilon: float) -> None:
+    shown = float(format_epsilon(epsilon))
+    assert shown >= epsilon * (1 - 1e-12)
+    assert shown <= epsilon * 1.002
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "shown"), [(0.0, "0"), (1.31991, "1.320"), (17.91, "17.91"), (426.61, "426.7"), (12345.6, "12346")]
+)
+def test_format_epsilon_shows_four_digits(epsilon: float, shown: str) -> None:
+    assert format_epsilon(epsilon) == shown
+
+
+def _guarantee(epsilon: float, unit: str = "record", adjacency: str = "add-or-remove") -> Guarantee:
+    return Guarantee(
+        unit=unit, adjacency=adjacency, observer="everybody", epsilon=epsilon, delta=1e-5, mechanism="m", accountant="a"
+    )
+
+
+def test_sentence_names_unit_adjacency_delta_odds_and_observer() -> None:
+    said = sentence(_guarantee(1.0))
+    for words in ("epsilon 1.000 per record (add-or-remove, delta 1e-05)", "factor of 2.72", "Observer: everybody."):
+        assert words in said
+
+
+def test_sentence_calls_a_weak_promise_weak() -> None:
+    assert "which is hardly a promise" in sentence(_guarantee(426.6, "gateway", "replace"))
