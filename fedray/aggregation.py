@@ -13,6 +13,7 @@ import torch
 from fedray.errors import RunFailedError
 from fedray.params import Layout
 
+_BLOCK = 65_536  # values
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
@@ -55,8 +56,11 @@ def weighted_sum(
         result: Float64Array = matrix.sum(dim=0).cpu().numpy()
         return result if start is None else np.add(start, result, out=start)
     total = np.zeros(rows[0].shape, np.float64) if start is None else start
-    for row, weight in zip(rows, weights, strict=True):
-        total += row if weight == 1.0 else row * np.float64(weight)
+    for first in range(0, len(total), _BLOCK):  # a block of the sum stays in the cache while all rows are added
+        block = total[first : first + _BLOCK]
+        for row, weight in zip(rows, weights, strict=True):
+            part = row[first : first + _BLOCK]
+            block += part if weight == 1.0 else part * np.float64(weight)
     return total
 
 
@@ -106,8 +110,9 @@ def _check(result: GroupResult, layout: Layout) -> None:
         raise RunFailedError(
             f"{names} answered with an array of shape {shape} instead of {wanted}; it was not averaged."
         )
-    finite = np.isfinite(values)
-    if not finite.all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(values.sum())  # cheap; it may overflow, so the values themselves decide
+    if suspicious and not (finite := np.isfinite(values)).all():
         bad = np.flatnonzero(~finite.all(axis=1)).tolist() if finite.ndim == 2 else []
         culprits = f"gateway {', '.join(str(result.gateways[row]) for row in bad)}" if bad else names
         raise RunFailedError(f"{culprits} answered with NaN or infinite values; they were not averaged.")
@@ -118,5 +123,5 @@ class FedAvg:
     """The server that adds the average update to the parameters (learning rate 1, no state)."""
 
     def step(self, params: Float32Array, mean_update: Float64Array) -> Float32Array:
-        """Return the next parameters `[P]`."""
-        return (params + mean_update).astype(np.float32)
+        """Return the next parameters `[P]`; `mean_update` is overwritten."""
+        return np.add(params, mean_update, out=mean_update).astype(np.float32)

@@ -76,20 +76,26 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _outliers(rows: list[Any]) -> str:
-    """Return the outlier report's rows as a table, whatever its columns are."""
-    found = [row for row in rows if isinstance(row, dict)]
-    if not found:
+    """Return the outlier report's rows, whatever their columns are: one table for each value of the column "what"."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if isinstance(row, dict):
+            groups.setdefault(str(row.get("what", "all")), []).append(row)
+    tables = []
+    for what, group in groups.items():
+        columns = list(dict.fromkeys(name for row in group for name in row if name != "what"))
+        cells = [[_cell(row.get(name)) for name in columns] for row in group]
+        tables.append(html.table(what, [name.replace("_", " ") for name in columns], cells, wide=True))
+    if not tables:
         return ""
-    columns = list(dict.fromkeys(name for row in found for name in row))
-    head = [name.replace("_", " ") for name in columns]
-    cells = [[_cell(row.get(name)) for name in columns] for row in found]
-    return "<h3>Outliers before and after noise</h3>" + html.table("A report, never a gate", head, cells, wide=True)
+    heading = "<h3>Outliers before and after noise (a report, never a gate)</h3>"
+    return heading + "".join(html.details(f"Table: {what}", part) for what, part in zip(groups, tables, strict=True))
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, list):
         return " – ".join(f"{part:.3g}" if isinstance(part, float) else str(part) for part in value)
-    return value
+    return html.Number(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def _picture(picture: Mapping[str, Any]) -> str:

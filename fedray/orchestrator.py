@@ -211,7 +211,7 @@ class Orchestrator:
         if not everybody and not spec.secret_participation:
             missing = ",".join(f"{first}-{last}" for first, last in ranges_of(sorted({*cohort} - {*arrived})))
             causes = [cause for result in results for cause in result.failures]
-            log.warning("event=left_out round=%d gateways=%s causes=%r", keys.round_index, missing, causes)
+            log.warning("event=left_out round=%d gateways=%s causes=%s", keys.round_index, missing, json.dumps(causes))
         if not arrived and len(cohort) and not central:
             raise RunFailedError(f"no gateway arrived in round {keys.round_index}, so there is nothing to average.")
         ranges: Ranges = ranges_of(arrived)

@@ -31,8 +31,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 KEY_BYTES = 32
 # Normals are made in blocks of this many pairs: enough to spread the cost of a call, few enough to stay in a cache.
 PAIRS_PER_BLOCK = 65536
+_BYTES_PER_PAIR = 12  # 8 for the radius, then 4 for the angle
 _SMALLEST_UNIFORM = 2.0**-64  # for the word 0, half the smallest other word: radius 9.42
-_ZEROS_VIEW = memoryview(bytes(PAIRS_PER_BLOCK * 8))
+_ZEROS = memoryview(bytes(PAIRS_PER_BLOCK * _BYTES_PER_PAIR))
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -136,9 +137,10 @@ class Stream:
 
     def fill_bytes(self, out: npt.NDArray[np.uint8]) -> None:
         """Overwrite `out` with the next keystream bytes."""
-        for start in range(0, out.size, len(_ZEROS_VIEW)):
-            part = out[start : start + len(_ZEROS_VIEW)]
-            self._encryptor.update_into(_ZEROS_VIEW[: part.size], part.data)
+        target = out.data
+        for start in range(0, len(target), len(_ZEROS)):
+            part = target[start : start + len(_ZEROS)]
+            self._encryptor.update_into(_ZEROS[: len(part)], part)
 
     def bernoulli(self, step: int, size: int, rate: float) -> npt.NDArray[np.int64]:
         """Return the sorted indices i < size whose word falls below `rate`; i's fate depends on (key, step, i) only.
@@ -217,16 +219,15 @@ def fill_normals(streams: Sequence[Stream], step: int, out: Float32Array, std: f
 def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> None:
     rows, size = out.shape
     pairs = (size + 1) // 2
-    words, radius, angle = _SCRATCH.of(rows * pairs)
-    for row, stream in enumerate(streams):
-        part = slice(row * pairs, (row + 1) * pairs)
-        stream.fill_bytes(words.radius[part].view(np.uint8))
-        stream.fill_bytes(words.angle[part].view(np.uint8))
+    words, radius, angle = _SCRATCH.of(rows, pairs)
+    for stream, row in zip(streams, words, strict=True):
+        stream.fill_bytes(row[: pairs * _BYTES_PER_PAIR])
+    radius_words, angle_words = words[:, : 8 * pairs].view(np.int64), words[:, 8 * pairs : 12 * pairs].view(np.int32)
     # The magnitude of a signed word over 2^63 is uniform on [0, 1].
-    radius.copy_(torch.from_numpy(words.radius)).abs_().mul_(2.0**-63).clamp_min_(_SMALLEST_UNIFORM)
+    radius.copy_(torch.from_numpy(radius_words)).abs_().mul_(2.0**-63).clamp_min_(_SMALLEST_UNIFORM)
     radius.log_().mul_(-2.0).sqrt_().mul_(std)
-    angle.copy_(torch.from_numpy(words.angle)).mul_(math.pi * 2.0**-31)
-    radius, angle, target = radius.view(rows, pairs), angle.view(rows, pairs), torch.from_numpy(out)
+    angle.copy_(torch.from_numpy(angle_words)).mul_(math.pi * 2.0**-31)
+    target = torch.from_numpy(out)
     cosine, sine = target[:, :pairs], target[:, pairs:]
     torch.cos(angle, out=cosine)
     cosine.mul_(radius)
@@ -234,25 +235,22 @@ def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> Non
     sine.copy_(angle[:, : size - pairs])
 
 
-@dataclass(frozen=True)
-class _Words:
-    radius: npt.NDArray[np.int64]
-    angle: npt.NDArray[np.int32]
-
-
 class _Scratch(threading.local):
     """One thread's working memory for a block (allocating it anew for each block would halve the speed)."""
 
     def __init__(self) -> None:
-        self._size = 0
+        self._words = np.empty(0, np.uint8)
+        self._radius, self._angle = torch.empty(0), torch.empty(0)
 
-    def of(self, size: int) -> tuple[_Words, torch.Tensor, torch.Tensor]:
-        """Return words, radii and angles for `size` pairs; their contents are undefined."""
-        if size > self._size:
-            self._size = size
-            self._words = _Words(np.empty(size, np.int64), np.empty(size, np.int32))
-            self._radius, self._angle = torch.empty(size), torch.empty(size)
-        return _Words(self._words.radius[:size], self._words.angle[:size]), self._radius[:size], self._angle[:size]
+    def of(self, rows: int, pairs: int) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor]:
+        """Return keystream bytes (rows on 16-byte boundaries), radii and angles; their contents are undefined."""
+        width, size = -(-pairs * _BYTES_PER_PAIR // 16) * 16, rows * pairs
+        if rows * width > self._words.size or size > len(self._radius):
+            self._words = np.empty(max(rows * width, self._words.size), np.uint8)
+            self._radius = torch.empty(max(size, len(self._radius)))
+            self._angle = torch.empty_like(self._radius)
+        words = self._words[: rows * width].reshape(rows, width)
+        return words, self._radius[:size].view(rows, pairs), self._angle[:size].view(rows, pairs)
 
 
 _SCRATCH = _Scratch()

@@ -14,6 +14,10 @@ import pytest
 ENGINES = ["opacus", "stacked"]
 """Every trainer that must obey the law; add a new engine here and all proofs and mutants run on it."""
 
+# Before anything imports numpy or torch: one thread, as in an actor; several fight over the cores of a busy machine.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
 # Before anything imports Ray: a local start would else write a token into the home directory and warn about it.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -12,7 +12,7 @@ from fedray import report
 from fedray.audit import central, directions, inversion, membership, outliers, pooled, records
 from fedray.audit.bounds import ALPHA
 from fedray.audit.finding import Finding
-from fedray.audit.lab import DEFAULT, THOROUGH, Lab, one_thread
+from fedray.audit.lab import DEFAULT, Effort, Lab, one_thread
 from fedray.errors import InputError
 from fedray.plan import Plan
 from fedray.privacy.levels import level_of
@@ -105,12 +105,12 @@ class Audit:
         }
 
 
-def run_audit(plan: Plan, *, thorough: bool = False, with_outliers: bool = False) -> Audit:
+def run_audit(plan: Plan, *, effort: Effort = DEFAULT, with_outliers: bool = False) -> Audit:
     """Attack a planned run; nothing is charged and no run directory is touched.
 
     Args:
         plan: From `fedray.plan.prepare`: any data, model and loss that a run takes.
-        thorough: Play more and longer games.
+        effort: How much to try.
         with_outliers: Add the outlier report (needs scikit-learn and matplotlib).
 
     Raises:
@@ -125,7 +125,7 @@ def run_audit(plan: Plan, *, thorough: bool = False, with_outliers: bool = False
     if with_outliers:
         outliers.check_libraries()
     with one_thread():
-        lab = Lab(plan, THOROUGH if thorough else DEFAULT)
+        lab = Lab(plan, effort)
         findings = [finding for attack in _ATTACKS[plan.spec.noise_level] for finding in attack(lab)]
         pictures, notes = [], list(NOTES)
         try:

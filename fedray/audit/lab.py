@@ -31,15 +31,17 @@ class Effort:
         runs: Repetitions a world, at most.
         game_seconds: What one game may take; fewer runs are played where each is slow.
         training_seconds: What the training of a whole run may take; fewer rounds are attacked where it is slow.
+        trials: Groups of uploads that the outlier report looks at.
     """
 
     runs: int
     game_seconds: float
     training_seconds: float
+    trials: int
 
 
-DEFAULT = Effort(runs=5000, game_seconds=5.0, training_seconds=12.0)
-THOROUGH = Effort(runs=40_000, game_seconds=60.0, training_seconds=120.0)
+DEFAULT = Effort(runs=5000, game_seconds=5.0, training_seconds=12.0, trials=24)
+THOROUGH = Effort(runs=40_000, game_seconds=60.0, training_seconds=120.0, trials=150)
 
 
 class SameShard:

@@ -33,7 +33,6 @@ NOTE = (
 )
 BEST = "best attacker"
 _SIGMAS = (0.1, 0.25, 0.5, 1.0, 2.0)
-_TRIALS, _TRIALS_THOROUGH = 24, 150
 _NEIGHBOURS = 5
 
 
@@ -112,7 +111,7 @@ def detectors(rng: np.random.Generator) -> dict[str, Callable[[Float64Array], Fl
 
 def report_rows(lab: Lab) -> list[Row]:
     """Return the table: detectors on un-noised per-record gradients, un-noised uploads, and uploads at several sigmas."""
-    trials = _TRIALS if lab.effort.runs <= 5000 else _TRIALS_THOROUGH
+    trials = lab.effort.trials
     rows = _table(lab, "gradients of single records", [record_scene(lab, trial) for trial in range(trials)], (0.0,))
     sigmas = sorted({0.0, *_SIGMAS, lab.sigma})
     return rows + _table(lab, UPLOADS[lab.spec.noise_level], upload_scenes(lab, trials), sigmas)

@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> int:
         )
 
     from fedray.audit.audit import run_audit  # torch takes seconds to import: --help and bad flags answer without it
+    from fedray.audit.lab import DEFAULT, THOROUGH
     from fedray.plan import UserParts, prepare
 
     plan = prepare(config, UserParts())
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
             f"{plan.setup.engine}, {plan.layout.num_params:,} trainable parameters",
             flush=True,
         )
-    audit = run_audit(plan, thorough=own.thorough, with_outliers=own.outliers)
+    audit = run_audit(plan, effort=THOROUGH if own.thorough else DEFAULT, with_outliers=own.outliers)
     path = write_audit(audit, config)
     for line in _lines(audit, path, config.quiet):
         print(line)

@@ -77,6 +77,7 @@ def abandon_early() -> None:
 
 def _connect(address: str | None) -> Connection:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_kind(address)
     if address == "local":
         # Ray would otherwise write a token file into the home directory and warn about it at each start. A cluster has a
         # token already, which Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or that file.
@@ -106,13 +107,16 @@ def _connect(address: str | None) -> Connection:
     return Connection(ray=ray, owned=True)
 
 
-def _check_reachable(address: str) -> None:
-    """Raise InputError when nothing listens at host:port; Ray itself would try for minutes and then end the process."""
+def _check_kind(address: str) -> None:
     if address.startswith("ray://"):
         raise InputError(
             f"--ray-address {address} is Ray Client, which is too slow for fedray; give the cluster's own host:port, or "
             "start the run with `ray job submit`."
         )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise InputError when nothing listens at host:port; Ray itself would try for minutes and then end the process."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return  # "local" or "auto"; Ray answers at once for anything else

@@ -386,14 +386,12 @@ class RayPool:
         wanted = [{"GPU": gpus[bundle], "CPU": round(cpus, 4)} for bundle, cpus in sorted(bundles.items())]
         self._group = self._ray.util.placement_group(wanted, strategy="PACK")
         if not self._group.wait(self._patience.placement_timeout_s):
-            self._ray.util.remove_placement_group(self._group)  # what it has tried to take must not count
-            self._group = None
             counts = Counter(f"{bundle['GPU']:g} of one GPU with {bundle['CPU']:g} CPU beside it" for bundle in wanted)
             needs = ", ".join(f"{count} × {what}" for what, count in counts.items())
             raise InputError(
                 f"{len(placement.actors)} actors need {needs}, and did not get it within --placement-timeout "
-                f"{self._patience.placement_timeout_s:g} s; free are {describe(machines_of(self._ray))}: free some, wait "
-                "longer, or use --device cpu."
+                f"{self._patience.placement_timeout_s:g} s; free were {describe(self._nodes)}: free some, wait longer, or "
+                "use --device cpu."
             )
 
     def _wait_all(self, calls: Sequence[Any], timeout_s: float | None, purpose: str) -> list[Any]:
@@ -411,6 +409,11 @@ class RayPool:
                 except self._ray.exceptions.RayTaskError as error:
                     raise self._failure(error, pending, purpose) from None
                 except self._ray.exceptions.RayError as error:
+                    if "error raised in its creation task" in str(error):  # it would be raised again
+                        raise RunFailedError(
+                            f"an actor could not be created ({_last_line(error)}); what model, loss and shards import must "
+                            "be importable where gateways run."
+                        ) from None
                     raise _ActorLostError(_last_line(error)) from None
         return [results[call] for call in calls]
 

@@ -88,6 +88,13 @@ class StackedLayer(nn.Module):
         self.a: Any = None
         self.e: Any = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set plain attributes as objects do: torch's bookkeeping of modules would take a tenth of a step's time."""
+        if isinstance(value, nn.Module | nn.Parameter):
+            super().__setattr__(name, value)
+        else:
+            self.__dict__[name] = value
+
     def bind(self, params: torch.Tensor, anchor: torch.Tensor) -> None:
         """Take this layer's parameters from `params` `[G, P]` from now on (views: they follow the optimizer)."""
         self._gateways = len(params)

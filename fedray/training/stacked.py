@@ -28,6 +28,7 @@ from fedray.training.stacking import StackedModel
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
+_FEWEST_TOGETHER = 8  # gateways
 _WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
 _MATRICES = 4  # parameters, gradients, Adam's two moments
 
@@ -100,8 +101,12 @@ class StackedTrainer:
         per_gateway = 4 * _MATRICES * num_params
         # Inputs, outputs, their gradients and one temporary of each, for batches half as large again as expected.
         per_gateway += int(4 * 4 * 1.5 * self._training.privacy.batch_size * self._record_values(num_params, shard))
-        limit = self._memory_limit if self._device.type != "cpu" else min(self._memory_limit, _CACHE_BYTES)
-        return max(1, limit // per_gateway)
+        size = self._memory_limit // per_gateway
+        if (
+            self._device.type == "cpu"
+        ):  # small enough for the cache, but not so small that the calls cost more than the work
+            size = min(size, max(_CACHE_BYTES // per_gateway, _FEWEST_TOGETHER))
+        return max(1, size)
 
     def _record_values(self, num_params: int, shard: Shard) -> int:
         """Return how many values the stacked layers take in and give out for one record."""

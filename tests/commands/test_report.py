@@ -276,7 +276,7 @@ def test_round_ticks_are_few_whole_rounds(first: int, last: int) -> None:
 def test_svg_stays_inside_its_frame(count: int) -> None:
     points = [(number, (-1.0) ** number * number) for number in range(1, count + 1)]
     drawn = svg(Curve(name="x", points=points, limit=(count * 1.5, "limit")))
-    assert len(drawn) < 60_000
+    assert len(drawn) < 20_000
     for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", re.search(r'points="(.*?)"', drawn)[1]):  # type: ignore[index]
         assert 0 <= float(x) <= 360
         assert 0 <= float(y) <= 230

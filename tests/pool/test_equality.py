@@ -40,21 +40,27 @@ def train(out: Path, **changes: Any) -> tuple[Params, bytes]:
     return orchestrator.plan.layout.flatten(model), (out / "model.safetensors").read_bytes()
 
 
-def assert_same(one: tuple[Params, bytes], other: tuple[Params, bytes]) -> None:
-    """Fail unless two runs ended at the same parameters: within 1e-6, and byte for byte on one machine."""
+def assert_same(one: tuple[Params, bytes], other: tuple[Params, bytes], *, exact: bool = True) -> None:
+    """Fail unless two runs ended at the same parameters: within 1e-6, and byte for byte where `exact`.
+
+    The stacked trainer pads a group's batches to the largest one, so its sums are rounded differently in other groups.
+    """
     np.testing.assert_allclose(one[0], other[0], atol=1e-6, rtol=0)
-    assert one[1] == other[1]
+    assert not exact or one[1] == other[1]
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("level", ["sample", "gateway"])
+@pytest.mark.parametrize(("level", "engine"), [("sample", "opacus"), ("sample", "stacked"), ("gateway", "stacked")])
 def test_ray_equals_inline_with_one_and_two_actors(tmp_path: Path, level: str, engine: str) -> None:
-    """Final parameters are the same bytes in this process and in one or two Ray actors."""
-    inline = train(tmp_path / "inline", noise_level=level, engine=engine)
-    actors = (16, 8) if level == "sample" else (8,)
-    for per_actor in actors:
-        out = tmp_path / f"ray-{per_actor}"
-        assert_same(inline, train(out, noise_level=level, engine=engine, pool="ray", gateways_per_actor=per_actor))
+    """Final parameters are those of this process: the same bytes for the same groups, within 1e-6 for others."""
+    whole = train(tmp_path / "inline-16", noise_level=level, engine=engine, gateways_per_actor=16)
+    for per_actor in (16, 8) if level == "sample" else (8,):
+        ray = train(
+            tmp_path / f"ray-{per_actor}", noise_level=level, engine=engine, pool="ray", gateways_per_actor=per_actor
+        )
+        assert_same(whole, ray, exact=engine == "opacus")
+        inline = train(tmp_path / f"same-{per_actor}", noise_level=level, engine=engine, gateways_per_actor=per_actor)
+        assert_same(inline, ray)
 
 
 @pytest.mark.slow
@@ -62,27 +68,28 @@ def test_ray_equals_inline_with_one_and_two_actors(tmp_path: Path, level: str, e
 @pytest.mark.parametrize("level", ["none", "batch", "sample", "gateway"])
 def test_ray_equals_inline_with_sixteen_actors(tmp_path: Path, level: str) -> None:
     """One actor a gateway changes nothing either."""
-    inline = train(tmp_path / "inline", noise_level=level)
-    assert_same(inline, train(tmp_path / "ray", noise_level=level, pool="ray", gateways_per_actor=1))
+    ray = train(tmp_path / "ray", noise_level=level, pool="ray", gateways_per_actor=1)
+    assert_same(train(tmp_path / "inline-1", noise_level=level, gateways_per_actor=1), ray)
+    assert_same(train(tmp_path / "inline-16", noise_level=level), ray, exact=False)
 
 
 @pytest.mark.parametrize("level", ["none", "batch", "sample", "gateway"])
 def test_inline_grouping_changes_nothing(tmp_path: Path, level: str, engine: str) -> None:
-    """Groups of 16, 5 and 1 gateways end at the same bytes, at every level."""
+    """Groups of 16, 5 and 1 gateways end at the same parameters, at every level; the reference at the same bytes."""
     runs = [
         train(tmp_path / str(per_actor), noise_level=level, engine=engine, gateways_per_actor=per_actor)
         for per_actor in (16, 5, 1)
     ]
-    assert_same(runs[0], runs[1])
-    assert_same(runs[0], runs[2])
+    assert_same(runs[0], runs[1], exact=engine == "opacus")
+    assert_same(runs[0], runs[2], exact=engine == "opacus")
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("level", ["sample", "batch"])
+@pytest.mark.parametrize(("level", "engine"), [("sample", "stacked"), ("batch", "opacus")])
 def test_noise_is_the_same_bits_in_actors(tmp_path: Path, level: str, engine: str) -> None:
     """With q so small that nobody is drawn, parameters are made of noise alone: equal bytes mean equal noise."""
     quiet = {"noise_level": level, "engine": engine, "samples_per_gateway": 10**5, "optimizer": "sgd", "rounds": 1}
-    quiet["noise_multiplier"], quiet["batch_size"] = 20.0, 1
+    quiet["noise_multiplier"], quiet["batch_size"] = 1.0, 1
     assert_same(train(tmp_path / "inline", **quiet), train(tmp_path / "ray", **quiet, pool="ray", gateways_per_actor=8))
 
 

@@ -23,6 +23,7 @@ from fedray.orchestrator import gather
 from fedray.params import Layout
 from fedray.privacy import accounting, mechanism, noise
 from fedray.privacy.accounting import Charges
+from fedray.privacy.ledger import ranges_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
@@ -92,16 +93,17 @@ def aggregate_noise_law() -> None:
 def run_noise_law(engine: str, level: str, out: Path) -> None:
     """T1, noise of a whole run without data in the way: what the parameters moved by is noise of the claimed size.
 
-    Nobody is ever sampled (q = .002, four records), and at the `gateway` level the learning rate is too small to move anything.
+    Hardly anybody is sampled (q = .002, four records), and at the `gateway` level the learning rate is too small to move
+    anything. B is large enough for the run not to look up other sigmas.
     """
-    gateways, steps, batch_size, lr = 2, 3, 2, 0.5
+    gateways, steps, batch_size, lr = 2, 3, 25, 0.5
     private_step = level != "gateway"
     config = RunConfig(
         noise_level=level,  # type: ignore[arg-type]  # one of the literals
         rounds=1,
         local_steps=steps,
         batch_size=batch_size,
-        samples_per_gateway=1000,
+        samples_per_gateway=12_500,
         noise_multiplier=0.7,
         clip_norm=20.0,
         optimizer="sgd",
@@ -305,7 +307,8 @@ def gateway_sensitivity(engine: str) -> None:
         layout = Layout.of(model_of("mlp"))
         results = [local.train(keys, layout.flatten(model_of("mlp")), [gateway]) for gateway in range(3)]
         total, weight, arrived = gather(results, layout, device)
-        return mechanism.aggregate(spec, keys, total, weight, arrived), np.concatenate([r.updates for r in results])
+        average = mechanism.aggregate(spec, keys, total, weight, ranges_of(arrived))
+        return average, np.concatenate([result.updates for result in results if result.updates is not None])
 
     honest, updates = released(shards)
     norms = np.linalg.norm(updates.astype(np.float64), axis=1)

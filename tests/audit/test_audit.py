@@ -1,0 +1,254 @@
+"""The audit: honest mechanisms are consistent, broken ones are VIOLATED, on a user's own model and data too."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedray.audit.lab
+from fedray.audit.bounds import ALPHA
+from fedray.cli import main
+from fedray.errors import InputError
+from fedray.plan import UserParts
+from fedray.streams import RoundKeys
+from tests.audit.worlds import (
+    LEVELS,
+    QUICK,
+    Tokens,
+    audit_of,
+    flagged,
+    noise_of_gateway_zero,
+    noise_of_step_zero,
+    scaled_noise,
+    token_shards,
+)
+
+SMALL = ["--gateways", "4", "--rounds", "2", "--local-steps", "4", "--batch-size", "16", "--samples-per-gateway", "256"]
+INLINE = ["--pool", "inline", "--device", "cpu", "--seed", "3"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_audit_of_an_honest_run_is_consistent(level: str) -> None:
+    audit = audit_of(level)
+    assert audit.verdict == "consistent", flagged(audit)
+    assert all(finding.lower_bound > 0.5 * finding.claim for finding in audit.findings if finding.name.startswith("T7"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_audit_flags_half_the_noise(level: str) -> None:
+    with scaled_noise(0.5):
+        audit = audit_of(level)
+    assert audit.verdict == "VIOLATED"
+    assert {name.partition(" ")[0] for name in flagged(audit)} >= {"T5", "T7"}
+
+
+@pytest.mark.parametrize("level", ["sample", "gateway"])
+@pytest.mark.parametrize("sigma", [0.1, 8.0])
+def test_audit_flags_half_the_noise_at_small_and_large_sigma(level: str, sigma: float) -> None:
+    assert audit_of(level, noise_multiplier=sigma).verdict == "consistent"
+    with scaled_noise(0.5):
+        assert audit_of(level, noise_multiplier=sigma).verdict == "VIOLATED"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_audit_flags_no_noise(level: str) -> None:
+    with scaled_noise(0.0):
+        assert audit_of(level).verdict == "VIOLATED"
+
+
+@pytest.mark.parametrize("level", ["sample", "batch"])
+def test_audit_flags_half_the_noise_of_the_reference_trainer(level: str) -> None:
+    assert audit_of(level, engine="opacus").verdict == "consistent"
+    with scaled_noise(0.5):
+        assert audit_of(level, engine="opacus").verdict == "VIOLATED"
+
+
+def test_audit_flags_missing_clipping_of_records() -> None:
+    with mock.patch("fedray.training.stacked.clip_factors", lambda norms, _clip_norm: torch.ones_like(norms)):
+        assert "T5 out-of-distribution record" in flagged(audit_of("sample"))
+
+
+def test_audit_flags_missing_clipping_of_batches() -> None:
+    with mock.patch("fedray.training.stacked.clip_rows", lambda rows, _clip_norm: rows):
+        assert "T5 out-of-distribution gateway" in flagged(audit_of("batch"))
+
+
+def test_audit_flags_missing_clipping_of_updates() -> None:
+    with mock.patch("fedray.pool.worker.clip_rows", lambda rows, _clip_norm: rows):
+        assert "T5 canary gateway" in flagged(audit_of("gateway"))
+
+
+@pytest.mark.parametrize("level", ["sample", "batch"])
+def test_audit_flags_noise_that_is_reused_over_steps(level: str) -> None:
+    with noise_of_step_zero():
+        assert "T5 distinguishing game" in flagged(audit_of(level))
+
+
+@pytest.mark.parametrize("level", ["sample", "batch"])
+def test_audit_flags_noise_that_is_shared_by_gateways(level: str) -> None:
+    with noise_of_gateway_zero():
+        assert "T5 difference of two gateways" in flagged(audit_of(level))
+
+
+def test_audit_flags_aggregate_noise_that_is_reused_over_rounds() -> None:
+    from fedray.privacy import mechanism, noise
+
+    def reused(spec, keys, arrived, num_params):  # type: ignore[no-untyped-def]
+        return noise.aggregate_noise(spec, RoundKeys(round_key=keys.round_key, round_index=1), arrived, num_params)
+
+    with mock.patch.object(mechanism, "aggregate_noise", reused):
+        assert "T5 canary gateway" in flagged(audit_of("gateway"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_audit_attacks_a_users_own_model_and_data(level: str) -> None:
+    parts = UserParts(shards=token_shards(), model=Tokens)
+    changes = {"gateways": 3, "samples_per_gateway": None}
+    audit = audit_of(level, parts, **changes)
+    assert audit.plan.model.__class__ is Tokens
+    assert audit.verdict == "consistent", flagged(audit)
+    with scaled_noise(0.5):
+        assert audit_of(level, parts, **changes).verdict == "VIOLATED"
+
+
+def test_audit_attacks_a_users_own_loss() -> None:
+    rng = np.random.default_rng(0)
+    shards = [(rng.normal(size=(64, 5)).astype(np.float32), rng.normal(size=(64, 2)).astype(np.float32))] * 2
+    parts = UserParts(
+        shards=shards, model=lambda: nn.Linear(5, 2), loss=lambda output, target: ((output - target) ** 2).sum(dim=1)
+    )
+    audit = audit_of("sample", parts, gateways=2, samples_per_gateway=None)
+    assert audit.verdict == "consistent", flagged(audit)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_audit_copes_with_the_smallest_run(level: str) -> None:
+    audit = audit_of(level, gateways=1, rounds=1, local_steps=1, batch_size=1, samples_per_gateway=2)
+    assert audit.verdict == "consistent", flagged(audit)
+
+
+def test_audit_of_level_none_is_refused() -> None:
+    with pytest.raises(InputError, match="promises nothing"):
+        audit_of("none")
+
+
+def test_claims_are_those_of_the_attacked_steps() -> None:
+    """privacy.md T5: sqrt(L)/sigma at `sample`, 2·sqrt(L)/sigma at `batch`, sqrt(rounds)/sigma at `gateway`."""
+    claims = {level: {f.name: f.claim for f in audit_of(level, noise_multiplier=1.5).findings} for level in LEVELS}
+    assert claims["sample"]["T5 distinguishing game"] == pytest.approx(math.sqrt(2) / 1.5)
+    assert claims["batch"]["T5 distinguishing game"] == pytest.approx(2 * math.sqrt(2) / 1.5)
+    assert claims["gateway"]["T5 canary gateway"] == pytest.approx(math.sqrt(2) / 1.5)
+    assert claims["sample"]["T7 one-run Gaussian"] == pytest.approx(1 / 1.5)
+
+
+def test_canary_gateways_are_a_report_and_no_gate() -> None:
+    (finding,) = [f for f in audit_of("gateway").findings if f.name.startswith("T8")]
+    assert not finding.gate
+    assert finding.as_dict()["verdict"] == "report"
+
+
+def _run(level: str, out: Path, *more: str) -> int:
+    return main(["audit", "--noise-level", level, *SMALL, *INLINE, "--out", str(out), *more])
+
+
+def test_command_writes_audit_json_and_exits_0(
+    outdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fedray.audit.lab, "DEFAULT", QUICK)
+    assert _run("sample", outdir) == 0
+    said = capsys.readouterr().out
+    assert "verdict: consistent" in said
+    assert str(outdir) in said
+    card = json.loads((outdir / "audit.json").read_text())
+    assert card["verdict"] == "consistent"
+    assert (card["level"], card["noise_multiplier"], card["engine"]) == ("sample", 1.0, "stacked")
+    names = [attack["name"] for attack in card["attacks"]]
+    for expected in ("T5 distinguishing game", "T7 one-run Gaussian", "T5 mislabelled record", "T6 one run, directions",
+                     "T5 out-of-distribution record", "T6 loss on the final model"):  # fmt: skip
+        assert expected in names
+        assert expected in said
+    for attack in card["attacks"]:
+        assert {"name", "level", "unit", "claim", "lower_bound", "confidence", "smallest_leak_caught", "text"} <= set(
+            attack
+        )
+        assert attack["confidence"] == 1 - ALPHA
+        assert attack["lower_bound"] <= attack["claim"]
+        assert attack["smallest_leak_caught"] is None or attack["smallest_leak_caught"] > 1
+    (picture,) = card["pictures"]
+    assert base64.b64decode(picture["png_base64"]).startswith(b"\x89PNG")
+    assert "seed" not in card["config"], "a seed predicts the noise"
+    assert any("never prove" in note for note in card["notes"])
+
+
+def test_command_exits_3_when_a_claim_is_refuted(
+    outdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fedray.audit.lab, "DEFAULT", QUICK)
+    with scaled_noise(0.5):
+        assert _run("gateway", outdir) == 3
+    assert "verdict: VIOLATED" in capsys.readouterr().out
+    assert json.loads((outdir / "audit.json").read_text())["verdict"] == "VIOLATED"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--noise-level", "none"], "promises nothing"),
+        (["--dry-run"], "leave them out"),
+        (["--outlier"], "--outlier is no flag"),
+        (["--thorough=3"], "ignored explicit argument"),
+        (["--gateways", "0"], "--gateways is 0"),
+    ],
+)
+def test_command_refuses_bad_input(
+    more: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", *more]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_takes_a_users_own_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fedray.audit.lab, "DEFAULT", QUICK)
+    (tmp_path / "clinic_audit.py").write_text(
+        "import numpy as np\nfrom torch import nn\n"
+        "def model():\n    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))\n"
+        "def data(gateways):\n    rng = np.random.default_rng(0)\n"
+        "    x = rng.normal(size=(400, 5)).astype(np.float32)\n    y = rng.integers(0, 3, 400)\n"
+        "    return (x[:300], y[:300]), (x[300:], y[300:])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = ["--gateways", "3", "--rounds", "2", "--local-steps", "2", "--batch-size", "10", *INLINE]
+    argv = ["audit", "--dataset", "clinic_audit:data", "--model", "clinic_audit:model", *flags]
+    assert main(argv) == 0
+    assert "engine stacked, 75 trainable parameters" in capsys.readouterr().out
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.endswith("-audit")
+    assert (made / "audit.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_command_at_the_defaults_is_consistent_in_a_minute(level: str, outdir: Path) -> None:
+    start = time.perf_counter()
+    assert main(["audit", "--noise-level", level, "--out", str(outdir)]) == 0
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_command_at_the_defaults_flags_half_the_noise(level: str, outdir: Path) -> None:
+    with scaled_noise(0.5):
+        assert main(["audit", "--noise-level", level, "--out", str(outdir)]) == 3

@@ -1,0 +1,117 @@
+"""Starting clusters and running fedray on them, each in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SPY = """
+import json, pathlib
+from torch import nn
+
+HERE = pathlib.Path(__file__).parent
+
+class Spy(nn.Module):
+    '''Leaves a note where, and with what share of it, each actor trains.'''
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+    def forward(self, x):
+        import ray
+        context = ray.get_runtime_context() if ray.is_initialized() else None
+        if context is not None and context.get_actor_id() is not None:
+            note = HERE / "seen" / context.get_actor_id()
+            if not note.exists():
+                note.write_text(json.dumps([context.get_node_id(), context.get_assigned_resources()]))
+        return self.layer(x)
+
+def make():
+    return Spy()
+"""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A running cluster: its address, and the ids of its nodes in the order that they were asked for."""
+
+    address: str
+    ids: list[str]
+
+
+@contextmanager
+def cluster(*nodes: dict[str, Any], hold: tuple[dict[str, Any], ...] = ()) -> Iterator[Nodes]:
+    """Run a cluster of several nodes; the first is the head."""
+    spec = json.dumps({"nodes": nodes, "hold": hold})
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("many_nodes.py")), spec],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        while line and not line.startswith("{"):
+            line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(process.communicate(timeout=60)[1])
+        started = json.loads(line)
+        yield Nodes(started["address"], started["nodes"])
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(timeout=60)
+        process.stdout.close()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@dataclass(frozen=True)
+class Done:
+    """An ended command: exit code, what it printed, and its seconds."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def fedray(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout_s: float = 400) -> Done:
+    """Run `python -m fedray`."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "fedray", *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+    )
+    return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+
+
+def spy(folder: Path) -> Path:
+    """Write the module of a model that notes where it trains; return the folder of its notes."""
+    (folder / "spy.py").write_text(SPY)
+    seen = folder / "seen"
+    seen.mkdir()
+    return seen
+
+
+def notes(seen: Path) -> list[tuple[str, dict[str, float]]]:
+    """Return the node and resources of each actor that trained."""
+    return [tuple(json.loads(note.read_text())) for note in seen.iterdir()]

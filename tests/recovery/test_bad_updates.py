@@ -1,0 +1,111 @@
+"""What an actor answers is checked before it is averaged, and blamed on its gateways."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedray.aggregation import GroupResult, gather
+from fedray.errors import RunFailedError
+from fedray.models import build
+from fedray.params import Layout
+from fedray.pool.inline_pool import InlinePool
+from tests.recovery.jobs import lines, train
+
+LAYOUT = Layout.of(build("mlp", (16,), 4))
+CPU = torch.device("cpu")
+
+
+def answer(gateways: tuple[int, ...] = (4, 5, 6), value: float = 1.0) -> GroupResult:
+    updates = np.full((len(gateways), LAYOUT.num_params), value, np.float32)
+    return GroupResult(gateways=gateways, updates=updates, weights=None, layout_digest=LAYOUT.digest)
+
+
+def spoiled(value: float, row: int = 1) -> GroupResult:
+    result = answer()
+    assert result.updates is not None
+    result.updates[row, 7] = value
+    return result
+
+
+def total_of(values: np.ndarray) -> GroupResult:
+    return replace(answer(), updates=None, total=values)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (replace(answer(), layout_digest="other"), "gateways 4–6 answered with another model layout"),
+        (
+            replace(answer(), updates=np.zeros((3, 5), np.float32)),
+            r"gateways 4–6 answered with an array of shape \(3, 5\)",
+        ),
+        (
+            replace(answer(), updates=np.zeros((2, LAYOUT.num_params), np.float32)),
+            "gateways 4–6 answered with an array",
+        ),
+        (replace(answer(), updates=None), "gateways 4–6 answered with an array of shape None"),
+        (spoiled(np.nan), "gateway 5 answered with NaN or infinite values"),
+        (spoiled(np.inf), "gateway 5 answered with NaN or infinite values"),
+        (spoiled(-np.inf, row=2), "gateway 6 answered with NaN or infinite values"),
+        (total_of(np.full(LAYOUT.num_params, np.nan)), "gateways 4–6 answered with NaN or infinite values"),
+        (total_of(np.zeros(3)), r"gateways 4–6 answered with an array of shape \(3,\)"),
+    ],
+)
+def test_gather_refuses_a_bad_answer_and_names_its_gateways(bad: GroupResult, words: str) -> None:
+    with pytest.raises(RunFailedError, match=words):
+        gather([answer((0, 1)), bad], LAYOUT, CPU)
+
+
+def test_gather_takes_values_whose_sum_overflows() -> None:
+    total, weight, arrived = gather([answer(value=3e38)], LAYOUT, CPU)
+    assert np.isfinite(total).all()
+    assert (weight, arrived) == (3.0, [4, 5, 6])
+
+
+def test_gather_adds_stacks_and_sums_alike() -> None:
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(3, LAYOUT.num_params)).astype(np.float32)
+    stack = replace(answer(), updates=updates)
+    summed = total_of(updates.astype(np.float64).sum(axis=0))
+    first, second = (gather([result], LAYOUT, CPU)[0] for result in (stack, summed))
+    assert np.allclose(first, second, rtol=1e-12, atol=1e-12)
+
+
+def test_run_averages_nothing_of_a_bad_answer(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = InlinePool.collect
+    rounds: list[Any] = []
+
+    def bad(self: InlinePool) -> list[GroupResult]:
+        results = collect(self)
+        rounds.append(results)
+        if len(rounds) == 2:
+            assert results[0].updates is not None
+            results[0].updates[3, 0] = np.nan
+        return results
+
+    monkeypatch.setattr(InlinePool, "collect", bad)
+    with pytest.raises(RunFailedError, match="gateway 3 answered with NaN"):
+        train(disk / "run")
+    assert len(lines(disk / "run" / "metrics.jsonl")) == 1
+    assert len(lines(disk / "run" / "ledger.jsonl")) == 2  # charged, as it was started
+
+
+@pytest.mark.parametrize("on_failure", ["fail", "drop"])
+def test_max_update_norm_refuses_long_updates(on_failure: str, disk: Path) -> None:
+    settings = {"max_update_norm": 1e-6, "on_failure": on_failure, "noise_level": "none"}
+    with pytest.raises(RunFailedError, match="past --max-update-norm 1e-06" if on_failure == "fail" else "no gateway"):
+        train(disk / "run", **settings)
+
+
+def test_max_update_norm_at_the_gateway_level_counts_a_refused_update_as_zero(disk: Path) -> None:
+    settings = {"max_update_norm": 1e-6, "on_failure": "drop", "noise_multiplier": 0.001}
+    run = train(disk / "run", rounds=1, **settings)
+    free = train(disk / "free", rounds=1, noise_multiplier=0.001)
+    assert run.history[0]["loss"] == pytest.approx(1.4, abs=0.3)
+    assert free.history[0]["loss"] != run.history[0]["loss"]

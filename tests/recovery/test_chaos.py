@@ -1,0 +1,264 @@
+"""Actors and drivers of real Ray runs are killed at random: the result is that of the undisturbed run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedray
+from fedray.errors import RunFailedError
+from tests.recovery.jobs import assert_true, lines, outcome
+
+JOB: dict[str, Any] = {
+    "gateways": 4,
+    "gateways_per_actor": 2,
+    "rounds": 10,
+    "local_steps": 16,
+    "batch_size": 32,
+    "samples_per_gateway": 256,
+    "noise_level": "gateway",
+    "seed": 5,
+    "max_failures": 50,
+}
+
+
+def train(out: Path, **changes: Any) -> fedray.Run:
+    return fedray.Orchestrator(config=fedray.RunConfig(**{**JOB, "out": out, **changes})).run()
+
+
+def actor_pids() -> list[int]:
+    """Return the processes that host this session's actors."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            hosts = folder.name.isdigit() and b"ray::_Actor" in (folder / "cmdline").read_bytes()
+            if hosts and _descends_from(int(folder.name), os.getpid()):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def _descends_from(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+class Assassin(threading.Thread):
+    """Kills a random actor at random times, at most `shots` times."""
+
+    def __init__(self, rng: random.Random, shots: int, longest_s: float) -> None:
+        super().__init__(daemon=True)
+        self.kills = 0
+        self._rng, self._shots, self._longest_s = rng, shots, longest_s
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while self.kills < self._shots and not self._over.wait(self._rng.uniform(0, self._longest_s)):
+            pids = actor_pids()
+            if pids:
+                try:
+                    os.kill(self._rng.choice(pids), signal.SIGKILL)
+                    self.kills += 1
+                except ProcessLookupError:
+                    continue
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("chaos") / "whole"
+    began = time.monotonic()
+    train(path)
+    return {"outcome": outcome(path), "seconds": time.monotonic() - began}
+
+
+def chaos(out: Path, seed: int, undisturbed: dict[str, Any]) -> int:
+    assassin = Assassin(random.Random(seed), 3, undisturbed["seconds"])
+    assassin.start()
+    try:
+        train(out)
+    finally:
+        assassin.stop()
+    assert outcome(out) == undisturbed["outcome"]
+    return assassin.kills
+
+
+def test_run_ends_as_undisturbed_when_an_actor_is_killed(undisturbed: dict[str, Any], disk: Path) -> None:
+    for seed in range(10):  # until a kill came in time
+        if chaos(disk / f"run-{seed}", seed, undisturbed):
+            assert_true(disk / f"run-{seed}")
+            return
+    pytest.fail("no actor was killed")
+
+
+@pytest.mark.slow
+def test_twenty_runs_end_as_undisturbed_when_actors_are_killed(undisturbed: dict[str, Any], disk: Path) -> None:
+    kills = [chaos(disk / f"run-{seed}", 100 + seed, undisturbed) for seed in range(20)]
+    assert sum(kills) >= 10
+
+
+def test_ray_and_inline_pools_end_alike_with_equal_groups(undisturbed: dict[str, Any], disk: Path) -> None:
+    train(disk / "inline", pool="inline")
+    assert outcome(disk / "inline")["model"] == undisturbed["outcome"]["model"]
+
+
+def test_lost_actor_ends_the_run_without_retries(
+    local_ray: None, disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kill_in_round(monkeypatch, 3)
+    with pytest.raises(
+        RunFailedError, match=r"actor of gateways \d-\d was lost in round 3 .*--max-failures 0 is used"
+    ) as told:
+        train(disk / "run", max_failures=0)
+    assert f"Go on with: python -m fedray --resume {disk / 'run'}" in told.value.__notes__
+    assert len(lines(disk / "run" / "metrics.jsonl")) == 2
+    assert "event=actor_lost round=3 gateways=" in caplog.text
+
+
+def test_lost_actor_is_dropped_and_comes_back_in_the_next_round(
+    local_ray: None, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_in_round(monkeypatch, 2)
+    run = train(disk / "run", rounds=4, max_failures=0, on_failure="drop")
+    arrivals = [entry for entry in lines(run.path / "ledger.jsonl") if entry["event"] == "arrival"]
+    assert [entry["round"] for entry in arrivals] == [2]
+    assert arrivals[0]["gateways"] in ([[0, 1]], [[2, 3]])
+    assert_true(run.path)
+
+
+def kill_in_round(monkeypatch: pytest.MonkeyPatch, round_index: int) -> None:
+    """Kill one actor right after a round has been sent to it."""
+    from fedray.pool.ray_pool import RayPool
+
+    begin = RayPool.begin
+
+    def deadly(self: RayPool, keys: Any, *rest: Any) -> None:
+        if keys.round_index == round_index:
+            os.kill(actor_pids()[0], signal.SIGKILL)
+        begin(self, keys, *rest)
+
+    monkeypatch.setattr(RayPool, "begin", deadly)
+
+
+@pytest.mark.slow
+def test_resume_ends_as_undisturbed_when_a_driver_on_ray_is_killed(undisturbed: dict[str, Any], disk: Path) -> None:
+    """Whole processes with a Ray of their own, which must not outlive them."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in JOB.items()]
+    rng = random.Random(3)
+    for number in range(3):
+        run = disk / f"run-{number}"
+        command = [sys.executable, "-m", "fedray", *flags, "--out", str(run)]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        driver = subprocess.Popen(command, cwd=disk, env=environment, stdout=subprocess.DEVNULL)
+        while not (run / "metrics.jsonl").exists() or len(lines_so_far(run)) < 1 + number:
+            assert driver.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        driver.kill()
+        driver.wait()
+        done = subprocess.run(
+            [sys.executable, "-m", "fedray", "--resume", str(run)], cwd=disk, env=environment, check=False
+        )
+        assert done.returncode == 0
+        assert outcome(run)["model"] == undisturbed["outcome"]["model"]
+        assert outcome(run)["ledger"] == undisturbed["outcome"]["ledger"]
+        assert outcome(run)["metrics"] == undisturbed["outcome"]["metrics"]
+
+
+def lines_so_far(run: Path) -> list[bytes]:
+    return (run / "metrics.jsonl").read_bytes().splitlines()
+
+
+def _node_loss(place: Path, report: Any) -> None:
+    """Lose a node in the middle of a round; let another one join only after the loss was seen."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from fedray.pool import ray_pool
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": 10**8,
+            "include_dashboard": False,
+            "temp_dir": str(place),
+        },
+    )
+    doomed = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    begin, restart = ray_pool.RayPool.begin, ray_pool.RayPool._restart
+    seen: dict[str, Any] = {"lost": [], "joined": None}
+
+    def lose(self: Any, keys: Any, *rest: Any) -> None:
+        begin(self, keys, *rest)
+        if keys.round_index == 3:
+            cluster.remove_node(doomed, allow_graceful=False)
+
+    def seen_restart(self: Any, index: int, error: Any, round_index: int, deadline: float) -> str:
+        seen["lost"].append((round_index, type(error).__name__))
+        # No slot is left but on a node that joins now.
+        seen["joined"] = cluster.add_node(num_cpus=1, object_store_memory=10**8).node_id
+        kind = restart(self, index, error, round_index, deadline)
+        seen["used"] = [
+            state["node_id"] if isinstance(state, dict) else state.node_id for state in [where(self, index)]
+        ]
+        return kind
+
+    def where(pool: Any, index: int) -> Any:
+        actor = pool._actors[index]
+        node_id = ray.get(actor.__ray_call__.remote(lambda _self: ray.get_runtime_context().get_node_id()))
+        return {"node_id": node_id}
+
+    ray_pool.RayPool.begin = lose  # type: ignore[method-assign]
+    ray_pool.RayPool._restart = seen_restart  # type: ignore[method-assign]
+    run = train(place / "run", rounds=6, local_steps=400, round_timeout=120)
+    report.send({**seen, "rounds": len(run.history)})
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_run_goes_on_when_a_node_is_lost_and_uses_one_that_joins_later(tmp_path: Path) -> None:
+    import shutil
+    import tempfile
+
+    place = Path(tempfile.mkdtemp(prefix="fc", dir="/tmp"))  # Ray's socket paths must be short
+    here, there = multiprocessing.Pipe()
+    try:
+        child = multiprocessing.get_context("spawn").Process(target=_node_loss, args=(place, there))
+        child.start()
+        there.close()
+        child.join(240)
+        assert child.exitcode == 0
+        told = here.recv()
+        assert [round_index for round_index, _ in told["lost"]] == [3]
+        assert told["used"] == [told["joined"]]
+        assert told["rounds"] == 6
+        train(tmp_path / "whole", rounds=6, local_steps=400, pool="inline")
+        assert outcome(place / "run")["model"] == outcome(tmp_path / "whole")["model"]
+        assert outcome(place / "run")["ledger"] == outcome(tmp_path / "whole")["ledger"]
+    finally:
+        if child.is_alive():
+            child.kill()
+        shutil.rmtree(place, ignore_errors=True)

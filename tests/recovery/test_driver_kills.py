@@ -1,0 +1,147 @@
+"""The driver is killed -9 anywhere: each resume ends as if nothing had happened, and nothing is charged too little."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recovery.jobs import SMALL, DiskWatch, assert_true, in_child, lines, outcome, resume, train
+
+EXTENDED: dict[str, Any] = {"rounds": 3}
+LEVELS = ["gateway", "sample"]
+
+
+def watched(folder: Path, fatal: int | None, tear: bool, changes: dict[str, Any]) -> None:
+    """Run the small job, killed before one operation on files."""
+    watch = DiskWatch(folder, fatal, tear)
+    watch.start()
+    if "resume" in changes:
+        resume(**{"path" if name == "resume" else name: value for name, value in changes.items()})
+    else:
+        train(folder / "run", **changes)
+    if fatal is None:
+        os.fsync = watch._sync
+        log = list(watch.log)
+        Path(f"{folder}.log").write_text("\n".join(log))
+
+
+def operations(folder: Path, changes: dict[str, Any]) -> list[str]:
+    """Return what an undisturbed run does to files, in order."""
+    folder.mkdir(exist_ok=True)
+    assert in_child(watched, folder, None, False, changes) == 0
+    return Path(f"{folder}.log").read_text().splitlines()
+
+
+def charged(path: Path) -> int:
+    return sum(entry["event"] == "charge" for entry in lines(path))
+
+
+def kill_and_resume(disk: Path, changes: dict[str, Any], which: Callable[[str], bool], tear: bool = False) -> None:
+    log = operations(disk / "whole", changes)
+    wanted = outcome(disk / "whole" / "run")
+    instants = [index for index, what in enumerate(log) if which(what)]
+    assert len(instants) > 3
+    for number, fatal in enumerate(instants):
+        folder = disk / f"killed-{fatal}"
+        folder.mkdir()
+        assert in_child(watched, folder, fatal, tear, changes) == -9
+        run = folder / "run"
+        if not run.exists():
+            assert not [entry for entry in folder.iterdir() if not entry.name.startswith(".fedray-")]
+            train(run, **changes)  # the next run sweeps what was left
+        else:
+            resume(run)
+        assert [entry.name for entry in folder.iterdir()] == ["run"]
+        assert outcome(run) == wanted, log[fatal]
+        assert not list(run.glob("checkpoint/*/round.key"))
+        if number % 5 == 0:
+            assert_true(run)
+
+
+def test_resume_ends_as_undisturbed_when_killed_at_any_operation_on_files(disk: Path) -> None:
+    kill_and_resume(disk, {"rounds": 2}, lambda what: True)
+
+
+def test_resume_ends_as_undisturbed_when_killed_in_the_middle_of_a_write(disk: Path) -> None:
+    kill_and_resume(
+        disk, {"rounds": 2}, lambda what: what.startswith("fsync") and not what.endswith("point"), tear=True
+    )
+
+
+def test_resume_repeats_no_line_of_the_private_file(disk: Path) -> None:
+    changes = {"rounds": 2, "participation": 0.7}
+    kill_and_resume(disk, changes, lambda what: "private" in what or "/.ledger" in what)
+    private = {(folder / "run" / "private.jsonl").read_bytes() for folder in disk.iterdir() if folder.is_dir()}
+    assert len(private) == 1
+    assert [line["round"] for line in lines(disk / "whole" / "run" / "private.jsonl")] == [1, 2]
+
+
+def test_extension_ends_as_undisturbed_when_killed_at_any_operation_on_files(disk: Path) -> None:
+    """A seeded run draws its extension's root from the seed, so two extensions can be compared."""
+    base = disk / "base"
+    train(base, rounds=2)
+    whole = disk / "whole"
+    copy(base, whole / "run")
+    log = operations(whole, {"resume": whole / "run", **EXTENDED})
+    wanted = outcome(whole / "run")
+    for fatal in range(len(log)):
+        folder = disk / f"killed-{fatal}"
+        copy(base, folder / "run")
+        assert in_child(watched, folder, fatal, False, {"resume": folder / "run", **EXTENDED}) == -9
+        resume(folder / "run")
+        if fatal % 4 == 0:
+            assert_true(folder / "run")  # whether the extension had begun or not
+        resume(folder / "run", **EXTENDED)
+        assert outcome(folder / "run") == wanted, log[fatal]
+        if fatal % 4 == 0:
+            assert_true(folder / "run")
+
+
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    shutil.copytree(source, target)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_resume_ends_as_undisturbed_when_killed_at_random_instants(level: str, disk: Path) -> None:
+    changes = {"rounds": 6, "noise_level": level}
+    began = time.monotonic()
+    assert in_child(train, disk / "whole", **changes) == 0
+    whole_s = time.monotonic() - began
+    wanted = outcome(disk / "whole")
+    rng = random.Random(level)
+    hits = 0
+    for number in range(25 if level == "gateway" else 8):
+        run = disk / f"run-{number}"
+        code = in_child(train, run, kill_after_s=rng.uniform(0.3, 1.0) * whole_s, **changes)
+        assert code in (0, -9)
+        if not run.exists():
+            assert in_child(train, run, **changes) == 0
+        else:
+            hits += code == -9
+            before = charged(run / "ledger.jsonl")
+            assert in_child(resume, run) == 0
+            assert charged(run / "ledger.jsonl") >= before
+        assert outcome(run) == wanted
+    assert hits >= 3
+
+
+def test_run_directory_appears_complete_or_not_at_all(disk: Path) -> None:
+    log = operations(disk / "whole", {"rounds": 1})
+    appears = next(
+        index for index, what in enumerate(log) if what.startswith("os.rename") and ".fedray-" in what.split("/")[-1]
+    )
+    for fatal in (appears, appears + 1):
+        folder = disk / f"killed-{fatal}"
+        folder.mkdir()
+        assert in_child(watched, folder, fatal, False, {"rounds": 1}) == -9
+        assert (folder / "run").exists() == (fatal > appears)
+    assert json.loads((folder / "run" / "config.json").read_text())["config"]["gateways"] == SMALL["gateways"]

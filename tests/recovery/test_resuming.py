@@ -1,0 +1,285 @@
+"""What a resume refuses and respects: config, data, lock, keys, budgets; and what an extension adds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+import fedray
+from fedray.cli import main
+from fedray.errors import InputError
+from fedray.session import Session
+from tests.recovery.jobs import assert_true, in_child, lines, outcome, resume, train
+from tests.recovery.test_attempts import cut_off_after_charge
+
+RNG = np.random.default_rng(0)
+SHARDS = [(RNG.normal(size=(32, 5)).astype(np.float32), RNG.integers(0, 3, 32)) for _ in range(3)]
+TEST = (RNG.normal(size=(20, 5)).astype(np.float32), RNG.integers(0, 3, 20))
+OWN: dict[str, Any] = {"noise_level": "gateway", "rounds": 2, "local_steps": 1, "batch_size": 8, "pool": "inline"}
+
+
+def make() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def make_other() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def own(shards: Any = SHARDS, *, model: Callable[[], Any] = make, test: Any = TEST, **settings: Any) -> fedray.Run:
+    config = fedray.RunConfig(**({} if "resume" in settings else OWN) | {"pool": "inline"} | settings)
+    return fedray.Orchestrator(shards, model=model, test=test, config=config).run()
+
+
+def stop_own(run: Path, **settings: Any) -> None:
+    """Be killed when the first round is saved."""
+    save = fedray.checkpoint.RunDirectory.save
+
+    def last(self: Any, state: Any) -> None:
+        save(self, state)
+        if state.round == 1:
+            os.kill(os.getpid(), 9)
+
+    fedray.checkpoint.RunDirectory.save = last  # type: ignore[method-assign]
+    own(out=run, **settings)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resuming") / "stopped"
+    assert in_child(stop_own, path) == -9
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resuming") / "finished"
+    train(path, rounds=2, seed=None)
+    return path
+
+
+def scaled(part: int) -> Any:
+    shards = [tuple(array.copy() for array in shard) for shard in SHARDS]
+    shards[part][0][3, 2] += 1e-3
+    return shards
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"shards": scaled(2)}, "shard 2"),
+        ({"test": (TEST[0] + 1, TEST[1])}, "test data"),
+        ({"shards": SHARDS[:2]}, "--gateways"),
+        ({"lr": 0.5}, "--lr"),
+        ({"clip_norm": 2.0}, "--clip-norm"),
+        ({"noise_multiplier": 3.0}, "--noise-multiplier"),
+        ({"max_epsilon": 100.0}, "--max-epsilon"),
+        ({"rounds": 5}, "--rounds"),
+    ],
+)
+def test_resume_refuses_what_changed_by_name(stopped: Path, disk: Path, changes: dict[str, Any], named: str) -> None:
+    shutil.copytree(stopped, disk / "run")
+    before = {file: file.read_bytes() for file in (disk / "run").rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=named):
+        own(resume=disk / "run", **changes)
+    assert {file: file.read_bytes() for file in (disk / "run").rglob("*") if file.is_file()} == before
+
+
+def test_resume_refuses_another_model(stopped: Path, disk: Path) -> None:
+    shutil.copytree(stopped, disk / "run")
+
+    def wider() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    with pytest.raises(InputError, match="model"):
+        own(resume=disk / "run", model=wider)
+
+
+def test_resume_refuses_a_model_of_the_same_shape_that_computes_something_else(stopped: Path, disk: Path) -> None:
+    shutil.copytree(stopped, disk / "run")
+    with pytest.raises(InputError, match="model"):
+        own(resume=disk / "run", model=make_other)
+
+
+def test_resume_takes_the_same_parts(stopped: Path, disk: Path) -> None:
+    shutil.copytree(stopped, disk / "run")
+    run = own(resume=disk / "run")
+    assert [record["round"] for record in run.history] == [1, 2]
+    assert run.history[0]["epsilon"] != run.history[1]["epsilon"]
+    assert_true(disk / "run")
+
+
+def test_identity_holds_no_plain_digest_of_shards(stopped: Path) -> None:
+    """A plain hash would let outsiders test guesses; equal shards under other keys have other MACs."""
+    identity = json.loads((stopped / "checkpoint" / "identity.json").read_text().splitlines()[0])
+    from fedray.streams import mac
+
+    assert {"model", "test data", "shard 0", "shard 1", "shard 2"} <= set(identity)
+    key = bytes.fromhex((stopped / "checkpoint" / "setup.key").read_text())
+    x, y = SHARDS[1]
+    assert identity["shard 1"] == mac(key, f"{x.dtype}{x.shape}{y.dtype}{y.shape}".encode() + x.tobytes() + y.tobytes())
+
+
+# --- keys and lock -------------------------------------------------------------------------------------------------------
+
+
+def test_round_keys_are_private_and_gone_when_the_run_ends(stopped: Path, disk: Path) -> None:
+    keys = [*stopped.glob("checkpoint/*/round.key"), stopped / "checkpoint" / "setup.key"]
+    assert len(keys) == 3
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+    shutil.copytree(stopped, disk / "run")
+    own(resume=disk / "run")
+    assert not list((disk / "run").rglob("round.key"))
+
+
+def test_no_keep_key_keeps_no_round_key_and_gives_up_resume(disk: Path) -> None:
+    assert in_child(stop_own, disk / "run", no_keep_key=True) == -9
+    assert not list((disk / "run").rglob("round.key"))
+    with pytest.raises(InputError, match="--no-keep-key"):
+        own(resume=disk / "run")
+
+
+def test_no_keep_key_run_can_be_extended(disk: Path) -> None:
+    train(disk / "run", rounds=1, no_keep_key=True)
+    run = resume(disk / "run", rounds=2)
+    assert len(run.history) == 2
+    assert_true(disk / "run")
+
+
+def hold(run: Path, ready: Path) -> None:
+    orchestrator = fedray.Orchestrator(config=fedray.RunConfig(resume=run, pool="inline"))
+    ready.write_text("held")
+    os.kill(os.getpid(), 9)
+    raise AssertionError(orchestrator)
+
+
+def test_two_processes_cannot_resume_one_directory(disk: Path) -> None:
+    assert in_child(cut_off_after_charge, disk / "run", 3, {"rounds": 3}) == -9
+    first = fedray.Orchestrator(config=fedray.RunConfig(resume=disk / "run", pool="inline"))
+    assert in_child(refused, disk / "run") == 0
+    first.run()
+    assert in_child(hold, disk / "run", disk / "ready") == -9  # a killed holder lets go
+    assert (disk / "ready").exists()
+    resume(disk / "run")
+
+
+def refused(run: Path) -> None:
+    with pytest.raises(InputError, match="in use by another process"):
+        fedray.Orchestrator(config=fedray.RunConfig(resume=run, pool="inline"))
+
+
+def test_a_running_run_cannot_be_resumed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    advance = Session.advance
+
+    def probe(self: Session, *rest: Any) -> None:
+        codes.append(in_child(refused, self.files.path))
+        advance(self, *rest)
+
+    monkeypatch.setattr(Session, "advance", probe)
+    train(disk / "run", rounds=1)
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "file", "empty"])
+def test_resume_refuses_what_is_no_run_directory(disk: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (disk / "file").write_text("")
+    (disk / "empty").mkdir()
+    assert main(["--resume", str(disk / path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
+
+
+def test_resume_without_rounds_left_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    assert main(["--resume", str(finished)]) == 0
+    assert "is complete already; give --rounds N to add rounds" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
+
+
+# --- extension -----------------------------------------------------------------------------------------------------------
+
+
+def test_extension_draws_a_fresh_root_and_records_it(finished: Path, disk: Path) -> None:
+    results = []
+    for name in ("one", "other"):
+        run = disk / name
+        shutil.copytree(finished, run)
+        extended = resume(run, rounds=4)
+        assert [record["round"] for record in extended.history] == [1, 2, 3, 4]
+        events = [(entry["event"], entry["round"]) for entry in lines(run / "ledger.jsonl")]
+        assert events == [("charge", 1), ("charge", 2), ("extension", 2), ("charge", 3), ("charge", 4)]
+        assert extended.privacy["steps"] == 8
+        assert any(
+            "rounds: they were added after results had been seen" in line for line in extended.privacy["not_covered"]
+        )
+        assert not list(run.rglob("round.key"))
+        assert_true(run)
+        results.append((lines(run / "ledger.jsonl")[2]["inputs"], (run / "model.safetensors").read_bytes()))
+    assert results[0][0] != results[1][0]  # the operating system's randomness, not the old root
+    assert results[0][1] != results[1][1]
+    again = resume(disk / "one", rounds=5)
+    assert len(again.history) == 5
+    assert_true(disk / "one")
+
+
+def test_extension_never_changes_sigma_nor_passes_the_target(disk: Path) -> None:
+    first = train(disk / "run", rounds=2, target_epsilon=9.0)
+    sigma = first.privacy["noise_multiplier"]
+    run = resume(disk / "run", rounds=6)
+    assert run.stopped is not None
+    assert "--target-epsilon 9" in run.stopped
+    assert run.privacy["noise_multiplier"] == sigma
+    assert run.privacy["guarantees"][0]["epsilon"] <= 9.0
+    assert len(run.history) == 2
+    assert_true(disk / "run")
+
+
+def test_extension_never_passes_max_epsilon(disk: Path) -> None:
+    probe = train(disk / "probe", rounds=4).history
+    budget = probe[2]["epsilon"]["gateway"] * 1.001
+    train(disk / "run", rounds=2, max_epsilon=budget)
+    run = resume(disk / "run", rounds=6)
+    assert run.stopped is not None
+    assert len(run.history) == 3
+    assert run.privacy["guarantees"][0]["epsilon"] <= budget
+    assert_true(disk / "run")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_extension_refuses_fewer_rounds(finished: Path, disk: Path, rounds: int) -> None:
+    shutil.copytree(finished, disk / "run")
+    if rounds == 1:
+        with pytest.raises(InputError, match=r"--rounds is 1 but .* has done 2 of 2 rounds"):
+            resume(disk / "run", rounds=1)
+    else:
+        resume(disk / "run", rounds=2)
+    assert outcome(disk / "run") == outcome(finished)
+
+
+def test_interrupted_extension_goes_on(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(disk / "run", rounds=1)
+    shutil.copytree(disk / "run", disk / "whole")
+    resume(disk / "whole", rounds=4)
+    advance = Session.advance
+
+    def interrupt(self: Session, index: int, *rest: Any) -> None:
+        if index == 3:
+            raise KeyboardInterrupt
+        advance(self, index, *rest)
+
+    monkeypatch.setattr(Session, "advance", interrupt)
+    with pytest.raises(fedray.errors.RunInterruptedError, match=r"python -m fedray --resume .*/run"):
+        resume(disk / "run", rounds=4)
+    monkeypatch.undo()
+    assert not (disk / "run" / "model.safetensors").exists()
+    resume(disk / "run")
+    assert outcome(disk / "run") == outcome(disk / "whole")
