@@ -148,7 +148,7 @@ def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None)
         if any(not torch.equal(one, other) for (_, one), (_, other) in zip(together, again, strict=False)):
             model.eval()  # it draws (functional dropout): without its draws, what is left is coupling
             together, _ = _leaf_outputs(model, x)
-        alone, _ = _leaf_outputs(model, x[:1])
+        alone = [_leaf_outputs(model, x[record : record + 1])[0] for record in range(3)]
     except Exception as error:  # the user's forward may raise anything
         remedy = (
             "" if x.is_floating_point() else " (x holds whole numbers: unless the model embeds tokens, make it float32)"
@@ -163,7 +163,8 @@ def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None)
                 f"--model: buffer {name} changes during a forward pass; buffers do not travel and are not private: "
                 "remove it, or try --fix-model."
             )
-    _refuse_coupled_outputs(model, together, alone)
+    for record, single in enumerate(alone):
+        _refuse_coupled_outputs(together, single, record)
     return _check_outputs(outputs, y, loss)
 
 
@@ -259,12 +260,12 @@ def _leaf_outputs(model: nn.Module, x: torch.Tensor) -> tuple[list[tuple[str, to
 
 
 def _refuse_coupled_outputs(
-    model: nn.Module, together: list[tuple[str, torch.Tensor]], alone: list[tuple[str, torch.Tensor]]
+    together: list[tuple[str, torch.Tensor]], alone: list[tuple[str, torch.Tensor]], record: int
 ) -> None:
     for (name, batch), (_, single) in zip(together, alone, strict=False):
         if batch.dim() == 0 or len(batch) != 3 or len(single) != 1:
             continue  # not a per-record value (positions, masks)
-        if not torch.allclose(batch[:1], single, rtol=1e-3, atol=1e-5, equal_nan=True):
+        if not torch.allclose(batch[record : record + 1], single, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise InputError(
                 f"--model: the output of {name} for a record depends on the other records of its batch; per-record privacy "
                 "needs independent records: replace it, or try --fix-model."
@@ -282,6 +283,12 @@ def _check_outputs(outputs: torch.Tensor, y: torch.Tensor, loss: Loss | None) ->
         if not isinstance(values, torch.Tensor) or values.shape != (len(y),) or not values.is_floating_point():
             shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
             raise InputError(f"loss returned {shape} for {len(y)} records; it must return one value a record.")
+        alone = torch.cat([loss(outputs[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+        if not torch.allclose(values, alone, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise InputError(
+                "loss of a record depends on the other records of its batch; per-record privacy needs independent records: "
+                "return a loss that looks at one record at a time."
+            )
         return None
     if outputs.dim() != 2 or len(outputs) != len(y) or not outputs.is_floating_point():
         raise InputError(

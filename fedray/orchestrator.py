@@ -127,7 +127,7 @@ class Orchestrator:
             raise RunInterruptedError(f"interrupted; the round under way was abandoned.{_remedy(session)}") from None
         except OSError as error:
             raise RunFailedError(
-                f"writing the run directory failed ({error}); free space.{_remedy(session)}"
+                f"writing the run directory failed ({error}); see to its disk.{_remedy(session)}"
             ) from error
         except FedrayError as error:
             if isinstance(error, RunFailedError) and session is not None and session.started:

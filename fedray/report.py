@@ -66,7 +66,8 @@ def not_covered(spec: PrivacySpec, disjoint: bool, extended: bool) -> list[str]:
         "while data are checked",
         "timings and failures that depend on data",
         "floating-point attacks (Mironov 2012): the noise is float32",
-        "the computational security of AES, on which the noise rests",
+        "the computational security of AES, on which the noise rests, and the tail of the noise beyond 9.4 standard "
+        "deviations, which is cut",
     ]
     if level_of(spec).local == "record":
         lines.append("a gateway as a whole, or a person who has several records")
@@ -134,7 +135,7 @@ def privacy_card(
             "simulation_only": seeded,
         },
         "treated_as_public": [
-            "number of gateways",
+            "number of gateways, and of classes",
             "nominal shard size (training records / gateways, or --samples-per-gateway)",
             "batch size, sample rate and number of steps",
             "model, initial parameters and the held-out data",

@@ -167,3 +167,41 @@ def test_fix_leaves_a_good_model_alone() -> None:
 def test_cross_entropy_gives_one_value_a_record() -> None:
     values = models.cross_entropy(torch.zeros(5, 4), Y)
     assert torch.allclose(values, torch.full((5,), 4.0).log())
+
+
+class RunningSum(torch.nn.Module):
+    """Adds up records: the first one alone looks innocent."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(dim=0)
+
+
+class TimeFirst(torch.nn.Module):
+    """An LSTM that takes the batch for time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = torch.nn.LSTM(4, 3), torch.nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (torch.nn.Sequential(torch.nn.Linear(4, 2), RunningSum()), torch.randn(3, 4)),
+        (TimeFirst(), torch.randn(3, 5, 4)),
+    ],
+)
+def test_check_refuses_coupling_that_spares_the_first_record(model: torch.nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="depends on the other records"):
+        models.check(model, x, torch.zeros(3, dtype=torch.int64), None)
+
+
+def test_check_refuses_a_loss_that_couples_records() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return models.cross_entropy(output, target) - output.mean()
+
+    with pytest.raises(InputError, match="loss of a record depends on the other records"):
+        models.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), loss)

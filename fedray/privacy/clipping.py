@@ -10,28 +10,34 @@ import numpy.typing as npt
 import torch
 
 _MARGIN = 1e-6
+LARGEST_NORM = 1e18  # the square of a larger one overflows float32
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
     """Return the factors that bring vectors of these norms into the ball of radius C (Abadi et al. 2016, Algorithm 1).
 
     Args:
-        norms: L2 norms, any shape, float32.
+        norms: L2 norms, any shape, float32 or float64.
         clip_norm: C > 0.
 
     Returns:
-        Factors in [0, 1], the shape of `norms`.
+        Factors in [0, 1], the shape of `norms`, float32.
 
     Guarantee:
         ‖factor · v‖ ≤ C·(1 + 1e-5) for every v with this norm, so a released sum moves by at most C when one vector is
         added or removed.
 
     Edge cases:
-        A zero norm gives factor 1. A norm that is NaN or infinite gives factor 0: whoever multiplies must select the
-        vector out as well (0 · NaN is NaN), see `select_finite`.
+        A zero norm gives factor 1. A norm that is NaN, infinite or above 1e18 gives factor 0: whoever multiplies must
+        select the vector out as well (0 · NaN is NaN), see `select_finite`.
     """
     factors = (clip_norm * (1.0 - _MARGIN) / norms).clamp_(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, 0.0)
+    return torch.where(usable(norms), factors, 0.0).to(torch.float32)
+
+
+def usable(norms: torch.Tensor) -> torch.Tensor:
+    """Tell which norms are numbers of at most 1e18; what is not counts as zero."""
+    return norms <= LARGEST_NORM  # false for NaN
 
 
 def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -41,7 +47,7 @@ def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         values: `[n, …]`, one vector a row.
         norms: `[n]`.
     """
-    keep = torch.isfinite(norms).view(-1, *([1] * (values.dim() - 1)))
+    keep = usable(norms).view(-1, *([1] * (values.dim() - 1)))
     return torch.where(keep, values, 0.0)
 
 

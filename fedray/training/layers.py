@@ -157,12 +157,15 @@ def _weighted(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
 
 
 def _squares(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares over all but the first two dimensions."""
-    return values.flatten(2).square().sum(2) if values.dim() > 3 else values.square().sum(2)
+    """Return the sum of squares over all but the first two dimensions, in float64: it must not under- or overflow."""
+    norms: torch.Tensor = torch.linalg.vector_norm(values.flatten(2), dim=2, dtype=torch.float64)
+    return norms.square_()
 
 
 class _Affine(StackedLayer):
     """y = x Wᵀ + b on rows: Linear, and convolutions after unfolding. a `[G, B(, T), in]`, e `[G, B(, T), out]`."""
+
+    gradients: torch.Tensor | None = None
 
     def rows_forward(self, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return a Wᵀ + b for a `[G, B(, T), in]`, keeping a."""
@@ -178,49 +181,56 @@ class _Affine(StackedLayer):
         """Return e W `[G, B(, T), in]`."""
         return torch.bmm(e.flatten(1, -2), weight).view(*e.shape[:-1], weight.shape[2])
 
-    def weight_squares(self) -> torch.Tensor:
-        """Return each record's squared norm of the weight gradient."""
-        a, e = self.a, self.e
-        if a.dim() == 3:
-            return _squares(e) * _squares(a)
-        length, size_in, size_out = a.shape[2], a.shape[3], e.shape[3]
-        a, e = a.flatten(0, 1), e.flatten(0, 1)
-        if (
-            length * (size_in + size_out) < size_in * size_out
-        ):  # the norm trick costs T²(in + out), the gradient T·in·out
-            squares = (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(e, e.transpose(1, 2))).sum((1, 2)).clamp_min_(0)
-        else:
-            squares = torch.bmm(e.transpose(1, 2), a).flatten(1).square().sum(1)
-        return squares.view(self.a.shape[:2])
-
-    def bias_squares(self) -> torch.Tensor:
-        """Return each record's squared norm of the bias gradient."""
-        return _squares(self.e if self.e.dim() == 3 else self.e.sum(2))
-
     def squared_norms(self) -> torch.Tensor:
-        """See `StackedLayer.squared_norms`."""
-        if self.a.dim() == 3 and self.has("weight"):  # |e|²(|a|² + 1)
-            inputs = _squares(self.a)
+        """See `StackedLayer.squared_norms`.
+
+        Without a sequence the norm is |e|²(|a|² + 1) exactly. With one, the gradients themselves are made, and summed
+        later: the norm from products of positions (Gram matrices) would lose gradients that nearly cancel, and a record
+        whose norm is underestimated is not clipped.
+        """
+        if self.a.dim() == 3:
+            inputs = _squares(self.a) if self.has("weight") else torch.zeros((), dtype=torch.float64)
             return _squares(self.e) * (inputs + 1 if self.has("bias") else inputs)
-        squares = self.weight_squares() if self.has("weight") else None
+        squares = torch.zeros((), dtype=torch.float64, device=self.e.device)
+        if self.has("weight"):
+            e, a = self.e.flatten(0, 1), self.a.flatten(0, 1)
+            self.gradients = torch.bmm(e.transpose(1, 2), a).flatten(1).view(*self.a.shape[:2], -1)
+            squares = squares + _squares(self.gradients)
         if self.has("bias"):
-            squares = self.bias_squares() if squares is None else squares + self.bias_squares()
-        assert squares is not None, "a layer without trainable parameters is not stacked"
+            squares = squares + _squares(self.e if self.e.dim() == 3 else self.e.sum(2))
         return squares
 
-    def weight_sum(self, weighted: torch.Tensor) -> torch.Tensor:
-        """Return the summed weight gradient `[G, out, in]`."""
+    def select(self, keep: torch.Tensor) -> None:
+        """See `StackedLayer.select`."""
+        super().select(keep)
+        if self.gradients is not None:
+            self.gradients = _where(keep, self.gradients)
+
+    def forget(self) -> None:
+        """See `StackedLayer.forget`."""
+        super().forget()
+        self.gradients = None
+
+    def weight_sum(self, factors: torch.Tensor | None) -> torch.Tensor:
+        """Return the weighted sum of the weight's gradients `[G, out, in]`."""
+        if self.gradients is not None and factors is not None:
+            return torch.bmm(factors.unsqueeze(1), self.gradients).view(len(factors), self.e.shape[-1], -1)
+        weighted = _weighted(self.e, factors)
         return torch.bmm(weighted.flatten(1, -2).transpose(1, 2), self.a.flatten(1, -2))
+
+    def bias_sum(self, factors: torch.Tensor | None) -> torch.Tensor:
+        """Return the weighted sum of the bias' gradients `[G, out]`."""
+        gradients = self.e if self.e.dim() == 3 else self.e.sum(2)
+        return gradients.sum(1) if factors is None else torch.bmm(factors.unsqueeze(1), gradients).squeeze(1)
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
         """See `StackedLayer.add_sums`."""
-        weighted = _weighted(self.e, factors)
         if self.has("weight"):
             target = self.slots["weight"].view(out)
-            target += self.weight_sum(weighted).view(target.shape)
+            target += self.weight_sum(factors).view(target.shape)
         if self.has("bias"):
             target = self.slots["bias"].view(out)
-            target += weighted.flatten(1, -2).sum(1)
+            target += self.bias_sum(factors).view(target.shape)
 
 
 class StackedLinear(_Affine):
@@ -343,16 +353,15 @@ class StackedConv(_Affine):
         """See `StackedLayer.add_sums`."""
         if factors is not None and self._groups > 1:
             factors = factors.repeat_interleave(self._groups, 0)
-        weighted = _weighted(self.e, factors)
         gateways = len(out)
         if self.has("weight"):
             target = self.slots["weight"].view(out)
             kh, kw = self._kernel
-            summed = self.weight_sum(weighted).view(gateways, target.shape[1], kh, kw, -1).permute(0, 1, 4, 2, 3)
+            summed = self.weight_sum(factors).view(gateways, target.shape[1], kh, kw, -1).permute(0, 1, 4, 2, 3)
             target += summed.squeeze(3) if self._one_dimensional else summed
         if self.has("bias"):
             target = self.slots["bias"].view(out)
-            target += weighted.flatten(1, -2).sum(1).view(target.shape)
+            target += self.bias_sum(factors).view(target.shape)
 
 
 class StackedScale(StackedLayer):
@@ -449,7 +458,7 @@ class StackedEmbedding(StackedLayer):
 
     def squared_norms(self) -> torch.Tensor:
         """See `StackedLayer.squared_norms`; tokens that occur twice in a record add up."""
-        tokens, e = self.a.flatten(0, 1), self.e.flatten(0, 1)
+        tokens, e = self.a.flatten(0, 1), self.e.flatten(0, 1).double()  # cancelling tokens need the digits
         same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
         squares: torch.Tensor = (
             (torch.bmm(e, e.transpose(1, 2)) * same).sum((1, 2)).clamp_min_(0).view(self.a.shape[:2])

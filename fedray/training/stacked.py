@@ -18,7 +18,7 @@ import torch
 
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
-from fedray.privacy.clipping import clip_factors, clip_rows
+from fedray.privacy.clipping import clip_factors, clip_rows, usable
 from fedray.privacy.levels import level_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
@@ -183,8 +183,8 @@ class StackedTrainer:
         if not squares:
             return
         norms = torch.stack(squares).sum(0).sqrt_() if len(squares) > 1 else squares[0].sqrt()
-        finite = torch.isfinite(norms)
-        factors = clip_factors(norms, self._training.privacy.clip_norm)
+        finite = usable(norms)
+        factors = clip_factors(norms, self._training.privacy.clip_norm).to(gradient.dtype)
         if self._device.type != "cpu" or not bool(finite.all()):  # on a GPU, looking would cost more than selecting
             for layer in layers:
                 layer.select(finite)

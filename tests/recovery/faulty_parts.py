@@ -71,7 +71,7 @@ class RaisesEverywhere(Raises):
 
 class Diverges(Sensor):
     def fault(self, output: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.large, output * float("nan"), output)
+        return output + torch.where(self.large, float("nan"), 0.0)  # of its records only
 
 
 class Devours(Sensor):

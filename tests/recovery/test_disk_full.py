@@ -61,9 +61,9 @@ def fill_up(run: Path, said: Path, what: str) -> None:
 def test_run_ends_intact_when_the_disk_is_full(what: str, disk: Path) -> None:
     run = disk / "run"
     assert in_child(fill_up, run, disk / "said", what) == 1
-    error, remedy = (disk / "said").read_text().splitlines()
+    (error,) = (disk / "said").read_text().splitlines()
     assert error.startswith("error: writing the run directory failed ([Errno 27] File too large")
-    assert f"Go on with: python -m fedray --resume {run}" in error + remedy
+    assert f"Go on with: python -m fedray --resume {run}" in error
     done = 5 if what == "model" else 2
     assert max(path.name for path in (run / "checkpoint").glob("0*")) == f"{done:08d}-0000"
     assert len((run / "ledger.jsonl").read_bytes().splitlines()) >= done
