@@ -22,7 +22,7 @@ RUN python3 -m venv /opt/fedray
 WORKDIR /src
 # Dependencies first, for an empty package: a change of fedray's own code does not install torch and Ray again.
 COPY pyproject.toml README.md ./
-RUN mkdir fedray && touch fedray/__init__.py && /opt/fedray/bin/pip install ".[${EXTRAS}]"
+RUN mkdir fedray && touch fedray/__init__.py && /opt/fedray/bin/pip install ".[${EXTRAS}]" && rm -rf /src/*
 RUN /opt/fedray/bin/python -c "import sys, torch; found = torch.version.cuda; \
     right = found is None if '${TORCH}' == 'cpu' else found is not None and float(found) >= 12.1; \
     sys.exit(None if right else f'TORCH=${TORCH} was asked for, but torch {torch.__version__} (CUDA: {found}) came: \
@@ -32,12 +32,15 @@ RUN cd /opt/fedray/lib/python3*/site-packages \
     && find torch/bin -mindepth 1 ! -name torch_shm_manager -delete \
     && rm -rf torch/test torch/include torch/share ray/jars ray/cpp \
     && find numpy scipy sklearn sympy networkx -type d -name tests -prune -exec rm -rf {} +
+COPY pyproject.toml README.md ./
 COPY fedray fedray
-RUN /opt/fedray/bin/pip install --no-deps --force-reinstall .
+RUN /opt/fedray/bin/pip install --no-deps --force-reinstall . \
+    && cd / && /opt/fedray/bin/python -c "import fedray; print(fedray.__version__, fedray.RunConfig())"
 
 FROM ${BASE}
 # For KubeRay's probes; add "openssh-client rsync" for a head node that `ray up` manages.
 ARG PACKAGES=wget
+# Login shells, which some KubeRay releases and `ray up` start, take PATH from /etc/profile.d instead of from ENV.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ${PACKAGES} \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
@@ -46,7 +49,6 @@ RUN apt-get update \
     && mkdir /runs /work && chown fedray:fedray /runs /work && ln -s /runs /work/runs \
     && echo 'export PATH=/opt/fedray/bin:$PATH' > /etc/profile.d/fedray.sh
 COPY --from=build /opt/fedray /opt/fedray
-# Login shells, which some KubeRay releases and `ray up` start, take PATH from /etc/profile.d instead.
 ENV PATH=/opt/fedray/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     RAY_AUTH_MODE=token \

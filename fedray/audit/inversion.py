@@ -23,6 +23,7 @@ TITLE = "Records read off an update (first Linear layer, digits), without noise 
 SIGMAS = (0.0, 0.1, 1.0)
 _SHOWN = 6
 _HIDDEN = 32
+_TILE = 9  # pixels from one digit to the next
 
 
 def invert(update: npt.NDArray[np.float32], num_features: int, hidden: int = _HIDDEN) -> npt.NDArray[np.float64]:
@@ -88,14 +89,19 @@ def picture(rng: np.random.Generator) -> bytes:
     Raises:
         InputError: scikit-learn or matplotlib is not installed.
     """
-    figure = pictures.new_figure(1.25 * _SHOWN + 1.6, 1.35 * (len(SIGMAS) + 1))
+    figure = pictures.new_figure(1.2 * _SHOWN + 1.6, 1.2 * (len(SIGMAS) + 1))
     records, found = reconstructions(rng)
     rows = [("record", records.astype(np.float64)), *((f"sigma = {sigma:g}", found[sigma]) for sigma in SIGMAS)]
-    axes = figure.subplots(len(rows), _SHOWN, squeeze=False)
-    for line, (name, images) in zip(axes, rows, strict=True):
-        for axis, image in zip(line, images, strict=True):
-            axis.imshow(image.reshape(8, 8), cmap="gray")  # each on its own scale: noise shrinks what is read off
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    mosaic = np.full((len(rows) * _TILE, _SHOWN * _TILE), np.nan)
+    for line, (_, images) in enumerate(rows):
+        for column, image in enumerate(images):
+            # Each on its own scale: noise shrinks what is read off.
+            scaled = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
+            mosaic[line * _TILE : line * _TILE + 8, column * _TILE : column * _TILE + 8] = scaled.reshape(8, 8)
+    axes = figure.subplots()
+    axes.imshow(mosaic, cmap="gray")
+    axes.set_xticks([])
+    axes.set_yticks([line * _TILE + 3.5 for line in range(len(rows))], [name for name, _ in rows])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
     return pictures.png_bytes(figure)

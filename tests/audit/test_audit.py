@@ -16,6 +16,8 @@ from torch import nn
 
 import fedray.audit.lab
 from fedray.audit.bounds import ALPHA
+from fedray.audit.directions import game_of
+from fedray.audit.lab import Lab
 from fedray.cli import main
 from fedray.errors import InputError
 from fedray.plan import UserParts
@@ -28,11 +30,13 @@ from tests.audit.worlds import (
     flagged,
     noise_of_gateway_zero,
     noise_of_step_zero,
+    plan_of,
     scaled_noise,
     token_shards,
 )
 
 SMALL = ["--gateways", "4", "--rounds", "2", "--local-steps", "4", "--batch-size", "16", "--samples-per-gateway", "256"]
+SAMPLE_AND_SLOW = ["sample", *(pytest.param(level, marks=pytest.mark.slow) for level in LEVELS[1:])]
 INLINE = ["--pool", "inline", "--device", "cpu", "--seed", "3"]
 
 
@@ -51,6 +55,7 @@ def test_audit_flags_half_the_noise(level: str) -> None:
     assert {name.partition(" ")[0] for name in flagged(audit)} >= {"T5", "T7"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["sample", "gateway"])
 @pytest.mark.parametrize("sigma", [0.1, 8.0])
 def test_audit_flags_half_the_noise_at_small_and_large_sigma(level: str, sigma: float) -> None:
@@ -59,12 +64,13 @@ def test_audit_flags_half_the_noise_at_small_and_large_sigma(level: str, sigma: 
         assert audit_of(level, noise_multiplier=sigma).verdict == "VIOLATED"
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SAMPLE_AND_SLOW)
 def test_audit_flags_no_noise(level: str) -> None:
     with scaled_noise(0.0):
         assert audit_of(level).verdict == "VIOLATED"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["sample", "batch"])
 def test_audit_flags_half_the_noise_of_the_reference_trainer(level: str) -> None:
     assert audit_of(level, engine="opacus").verdict == "consistent"
@@ -109,7 +115,7 @@ def test_audit_flags_aggregate_noise_that_is_reused_over_rounds() -> None:
         assert "T5 canary gateway" in flagged(audit_of("gateway"))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SAMPLE_AND_SLOW)
 def test_audit_attacks_a_users_own_model_and_data(level: str) -> None:
     parts = UserParts(shards=token_shards(), model=Tokens)
     changes = {"gateways": 3, "samples_per_gateway": None}
@@ -143,11 +149,12 @@ def test_audit_of_level_none_is_refused() -> None:
 
 def test_claims_are_those_of_the_attacked_steps() -> None:
     """privacy.md T5: sqrt(L)/sigma at `sample`, 2·sqrt(L)/sigma at `batch`, sqrt(rounds)/sigma at `gateway`."""
-    claims = {level: {f.name: f.claim for f in audit_of(level, noise_multiplier=1.5).findings} for level in LEVELS}
-    assert claims["sample"]["T5 distinguishing game"] == pytest.approx(math.sqrt(2) / 1.5)
-    assert claims["batch"]["T5 distinguishing game"] == pytest.approx(2 * math.sqrt(2) / 1.5)
-    assert claims["gateway"]["T5 canary gateway"] == pytest.approx(math.sqrt(2) / 1.5)
-    assert claims["sample"]["T7 one-run Gaussian"] == pytest.approx(1 / 1.5)
+    games = {level: game_of(Lab(plan_of(level, noise_multiplier=1.5), QUICK)) for level in ("sample", "batch")}
+    assert games["sample"].claim == pytest.approx(math.sqrt(2) / 1.5)
+    assert games["batch"].claim == pytest.approx(2 * math.sqrt(2) / 1.5)
+    claims = {finding.name: finding.claim for finding in audit_of("gateway", noise_multiplier=1.5).findings}
+    assert claims["T5 canary gateway"] == pytest.approx(math.sqrt(2) / 1.5)
+    assert claims["T7 one-run Gaussian"] == pytest.approx(1 / 1.5)
 
 
 def test_canary_gateways_are_a_report_and_no_gate() -> None:

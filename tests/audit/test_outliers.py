@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedray.cli import main
 from tests.audit.worlds import LEVELS, QUICK, plan_of, scaled_noise
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(scope="module", params=["sample", *(pytest.param(name, marks=pytest.mark.slow) for name in LEVELS[1:])])
 def report(request: pytest.FixtureRequest) -> tuple[Lab, list[outliers.Row]]:
     """Return the report of a small run at each level."""
     # Toy at its own batch size: shards need records enough for an outlying one to stand out.
@@ -63,6 +64,7 @@ def test_ceiling_is_that_of_the_claim(report: tuple[Lab, list[outliers.Row]]) ->
     assert _uploads(lab, rows, 0.0)["LOF"].ceiling == 1.0
 
 
+@pytest.mark.slow
 def test_best_attacker_passes_the_ceiling_when_noise_is_missing() -> None:
     lab = Lab(plan_of("sample", batch_size=64, samples_per_gateway=512), QUICK)
     with scaled_noise(0.1):
@@ -74,7 +76,7 @@ def test_best_attacker_passes_the_ceiling_when_noise_is_missing() -> None:
 def test_command_with_outliers_prints_the_table_and_says_what_it_proves(
     outdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fedray.audit.lab, "DEFAULT", QUICK)
+    monkeypatch.setattr(fedray.audit.lab, "DEFAULT", replace(QUICK, trials=2))
     flags = ["--gateways", "4", "--rounds", "1", "--local-steps", "2", "--pool", "inline", "--seed", "1"]
     assert main(["audit", "--outliers", "--noise-level", "gateway", *flags, "--out", str(outdir)]) == 0
     said = capsys.readouterr().out

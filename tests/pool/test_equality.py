@@ -50,7 +50,14 @@ def assert_same(one: tuple[Params, bytes], other: tuple[Params, bytes], *, exact
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("level", "engine"), [("sample", "opacus"), ("sample", "stacked"), ("gateway", "stacked")])
+@pytest.mark.parametrize(
+    ("level", "engine"),
+    [
+        ("sample", "stacked"),
+        ("gateway", "stacked"),
+        pytest.param("sample", "opacus", marks=pytest.mark.slow),
+    ],
+)
 def test_ray_equals_inline_with_one_and_two_actors(tmp_path: Path, level: str, engine: str) -> None:
     """Final parameters are those of this process: the same bytes for the same groups, within 1e-6 for others."""
     whole = train(tmp_path / "inline-16", noise_level=level, engine=engine, gateways_per_actor=16)
@@ -85,7 +92,9 @@ def test_inline_grouping_changes_nothing(tmp_path: Path, level: str, engine: str
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("level", "engine"), [("sample", "stacked"), ("batch", "opacus")])
+@pytest.mark.parametrize(
+    ("level", "engine"), [("sample", "stacked"), pytest.param("batch", "opacus", marks=pytest.mark.slow)]
+)
 def test_noise_is_the_same_bits_in_actors(tmp_path: Path, level: str, engine: str) -> None:
     """With q so small that nobody is drawn, parameters are made of noise alone: equal bytes mean equal noise."""
     quiet = {"noise_level": level, "engine": engine, "samples_per_gateway": 10**5, "optimizer": "sgd", "rounds": 1}

@@ -66,6 +66,7 @@ def kill_and_resume(disk: Path, changes: dict[str, Any], which: Callable[[str], 
             assert_true(run)
 
 
+@pytest.mark.slow
 def test_resume_ends_as_undisturbed_when_killed_at_any_operation_on_files(disk: Path) -> None:
     kill_and_resume(disk, {"rounds": 2}, lambda what: True)
 
@@ -76,6 +77,7 @@ def test_resume_ends_as_undisturbed_when_killed_in_the_middle_of_a_write(disk: P
     )
 
 
+@pytest.mark.slow
 def test_resume_repeats_no_line_of_the_private_file(disk: Path) -> None:
     changes = {"rounds": 2, "participation": 0.7}
     kill_and_resume(disk, changes, lambda what: "private" in what or "/.ledger" in what)
@@ -84,6 +86,7 @@ def test_resume_repeats_no_line_of_the_private_file(disk: Path) -> None:
     assert [line["round"] for line in lines(disk / "whole" / "run" / "private.jsonl")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_extension_ends_as_undisturbed_when_killed_at_any_operation_on_files(disk: Path) -> None:
     """A seeded run draws its extension's root from the seed, so two extensions can be compared."""
     base = disk / "base"

@@ -113,7 +113,8 @@ def test_failing_gateway_in_an_actor_ends_the_run_by_name(
     test_failing_gateway_ends_the_run_by_name("Raises", "sample", "ray", outdir, capsys)
 
 
-@pytest.mark.parametrize("what", [pytest.param("fail", marks=pytest.mark.slow), "drop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fail", "drop"])
 def test_hanging_gateway_ends_with_its_time(
     what: str,
     local_ray: None,
