@@ -88,7 +88,7 @@ def _restore_interrupt() -> None:
     ("name", "pool"),
     [
         ("SIGINT", "inline"),
-        ("SIGTERM", "ray"),
+        pytest.param("SIGTERM", "ray", marks=pytest.mark.slow),
         pytest.param("SIGINT", "ray", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "inline", marks=pytest.mark.slow),
     ],

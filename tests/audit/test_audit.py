@@ -93,13 +93,13 @@ def test_audit_flags_missing_clipping_of_updates() -> None:
         assert "T5 canary gateway" in flagged(audit_of("gateway"))
 
 
-@pytest.mark.parametrize("level", ["sample", "batch"])
+@pytest.mark.parametrize("level", ["sample", pytest.param("batch", marks=pytest.mark.slow)])
 def test_audit_flags_noise_that_is_reused_over_steps(level: str) -> None:
     with noise_of_step_zero():
         assert "T5 distinguishing game" in flagged(audit_of(level))
 
 
-@pytest.mark.parametrize("level", ["sample", "batch"])
+@pytest.mark.parametrize("level", ["sample", pytest.param("batch", marks=pytest.mark.slow)])
 def test_audit_flags_noise_that_is_shared_by_gateways(level: str) -> None:
     with noise_of_gateway_zero():
         assert "T5 difference of two gateways" in flagged(audit_of(level))
@@ -136,7 +136,7 @@ def test_audit_attacks_a_users_own_loss() -> None:
     assert audit.verdict == "consistent", flagged(audit)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SAMPLE_AND_SLOW)
 def test_audit_copes_with_the_smallest_run(level: str) -> None:
     audit = audit_of(level, gateways=1, rounds=1, local_steps=1, batch_size=1, samples_per_gateway=2)
     assert audit.verdict == "consistent", flagged(audit)

@@ -62,6 +62,7 @@ def test_command_calibrates_for_target_epsilons(outdir: Path) -> None:
     assert points[0]["spread"] is None
 
 
+@pytest.mark.slow
 def test_command_sweeps_as_ray_tasks(outdir: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["frontier", *SMALL, "--noise-multipliers", "1", "--seeds", "0,1", "--out", str(outdir)]) == 0
     tasks = json.loads((outdir / "frontier.json").read_text())["runs"]

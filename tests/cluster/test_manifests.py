@@ -130,6 +130,7 @@ def test_rayjob_runs_as_the_images_user(cluster: Any) -> None:
         assert f"--gid {user['fsGroup']}" in DOCKERFILE
 
 
+@pytest.mark.slow
 def test_rayjob_script_starts_then_resumes(kinds: dict[str, Any], tmp_path: Path) -> None:
     (script,) = kinds["ConfigMap"]["data"].values()
     small = "--pool inline --rounds 3 --local-steps 1 --samples-per-gateway 64 --batch-size 8"

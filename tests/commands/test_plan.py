@@ -82,7 +82,7 @@ def test_plan_meets_the_published_value() -> None:
     assert setting.epsilon(0) == pytest.approx(2.380, abs=0.005)
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 4.0, 30.0])
+@pytest.mark.parametrize("epsilon", [4.0, *(pytest.param(value, marks=pytest.mark.slow) for value in (0.5, 30.0))])
 @pytest.mark.parametrize(("level", "index"), [("sample", 0), ("batch", 0), ("batch", 1), ("batch", 2), ("gateway", 0)])
 def test_solve_finds_the_smallest_noise(level: str, index: int, epsilon: float) -> None:
     setting = Setting(noise_level=level)  # type: ignore[arg-type]  # one of the levels

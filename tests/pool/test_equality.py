@@ -80,7 +80,14 @@ def test_ray_equals_inline_with_sixteen_actors(tmp_path: Path, level: str) -> No
     assert_same(train(tmp_path / "inline-16", noise_level=level), ray, exact=False)
 
 
-@pytest.mark.parametrize("level", ["none", "batch", "sample", "gateway"])
+@pytest.mark.parametrize(
+    ("level", "engine"),
+    [
+        *((level, "stacked") for level in ("none", "batch", "sample", "gateway")),
+        ("sample", "opacus"),
+        *(pytest.param(level, "opacus", marks=pytest.mark.slow) for level in ("none", "batch", "gateway")),
+    ],
+)
 def test_inline_grouping_changes_nothing(tmp_path: Path, level: str, engine: str) -> None:
     """Groups of 16, 5 and 1 gateways end at the same parameters, at every level; the reference at the same bytes."""
     runs = [

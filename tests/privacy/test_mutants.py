@@ -86,8 +86,13 @@ def engines_of(proof: str) -> list[str]:
     return ENGINES if proof.startswith(ON_EVERY_ENGINE) else ENGINES[-1:]
 
 
+def marks_of(engine: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of an engine's cases: those of the slower trainer are slow."""
+    return [] if engine == ENGINES[-1] else [pytest.mark.slow]
+
+
 CASES = [
-    pytest.param(mutant, proof, engine, id=f"{mutant} by {proof}, {engine}")
+    pytest.param(mutant, proof, engine, id=f"{mutant} by {proof}, {engine}", marks=marks_of(engine))
     for mutant, named in CAUGHT_BY.items()
     for proof in named
     for engine in engines_of(proof)

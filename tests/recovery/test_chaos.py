@@ -88,6 +88,7 @@ def test_lost_actor_ends_the_run_without_retries(
     assert "event=actor_lost round=3 gateways=" in caplog.text
 
 
+@pytest.mark.slow
 def test_lost_actor_is_dropped_and_comes_back_in_the_next_round(
     local_ray: None, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

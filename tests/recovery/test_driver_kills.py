@@ -16,7 +16,7 @@ import pytest
 from tests.recovery.jobs import SMALL, DiskWatch, assert_true, in_child, lines, outcome, resume, train
 
 EXTENDED: dict[str, Any] = {"rounds": 3}
-LEVELS = ["gateway", "sample"]
+LEVELS = ["gateway", pytest.param("sample", marks=pytest.mark.slow)]
 
 
 def watched(folder: Path, fatal: int | None, tear: bool, changes: dict[str, Any]) -> None:
@@ -71,6 +71,7 @@ def test_resume_ends_as_undisturbed_when_killed_at_any_operation_on_files(disk: 
     kill_and_resume(disk, {"rounds": 2}, lambda what: True)
 
 
+@pytest.mark.slow
 def test_resume_ends_as_undisturbed_when_killed_in_the_middle_of_a_write(disk: Path) -> None:
     kill_and_resume(
         disk, {"rounds": 2}, lambda what: what.startswith("fsync") and not what.endswith("point"), tear=True
