@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -284,9 +285,11 @@ def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ra
         "device": info.device,
         "groups": [(group.start, group.stop) for group in info.groups],
         "gateways": gateways,
-        # Another build or processor may round differently, and the same noise must not meet another value.
+        # Another build, processor or cut into sub-groups may round differently, and the same noise must not meet
+        # another value.
         "versions": report.versions(),
-        "machine": platform.machine(),
+        "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability(), os.sysconf("SC_PHYS_PAGES")),
+        "memory_limit": plan.config.memory_limit,
     }
     return hashlib.sha256(json.dumps(constants, sort_keys=True).encode() + params.tobytes()).hexdigest()
 

@@ -141,6 +141,9 @@ class Plan:
         # Its structure as well: layers without parameters decide what it computes. Addresses differ in every process.
         structure = re.sub(r" at 0x[0-9a-f]+", "", repr(self.model)).encode()
         found = {"model": hashlib.sha256(_digest(self.model.state_dict().values()).encode() + structure).hexdigest()}
+        loss = self.training.loss  # by its names, which are the same in every version of Python
+        name, code = getattr(loss, "__name__", type(loss).__name__), getattr(loss, "__code__", None)
+        found["loss"] = " ".join((name, *(() if code is None else code.co_names)))
         if self.federation.test is not None:
             found["test data"] = _digest(torch.from_numpy(part) for part in self.federation.test)
         if self.config.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):

@@ -184,8 +184,15 @@ class Worker:
         clipped = level_of(self._setup.training.privacy).central_noise  # makes a non-finite update zero: it arrives
         if isinstance(rows, np.ndarray):
             norms = np.sqrt(np.einsum("gp,gp->g", rows, rows)).tolist()
+            # Squares of float32 overflow at norms past 1.8e19, which are finite still.
+            norms = [
+                norm if np.isfinite(norm) else float(np.linalg.norm(row.astype(np.float64)))
+                for norm, row in zip(norms, rows, strict=True)
+            ]
         else:
-            norms = [0.0 if isinstance(row, GatewayError) else float(np.linalg.norm(row)) for row in rows]
+            norms = [
+                0.0 if isinstance(row, GatewayError) else float(np.linalg.norm(row.astype(np.float64))) for row in rows
+            ]
         for index, (gateway, row, norm) in enumerate(zip(gateways, rows, norms, strict=True)):
             if isinstance(row, GatewayError):
                 found[index] = row

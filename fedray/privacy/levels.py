@@ -114,12 +114,14 @@ def _sample_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
 
 def _batch_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
     sigma = spec.noise_multiplier
+    # Weights by record count are not noised.
+    alike = "; among shards of the same number of records, which the weights tell" if spec.weights == "records" else ""
     return (
         Claim(
             unit="gateway",
             adjacency="replace",
             observer=EVERYBODY,
-            mechanism=f"Gaussian, sensitivity 2C, multiplier {sigma:g}, composed over local steps, no amplification",
+            mechanism=f"Gaussian, sensitivity 2C, multiplier {sigma:g}, composed over local steps, no amplification{alike}",
             event=Event(noise_multiplier=sigma, rate=1.0, per="step", replaces=True),
         ),
         Claim(

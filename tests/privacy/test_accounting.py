@@ -171,6 +171,14 @@ def test_guarantees_name_zero_out_when_weights_reveal_counts() -> None:
         assert {g.adjacency for g in found if g.unit == "record"} == {"zero-out"}
 
 
+def test_batch_guarantee_says_that_weights_tell_record_counts() -> None:
+    """A replaced gateway with another number of records would show in its weight, whatever the noise."""
+    for weights, said in (("records", True), ("uniform", False)):
+        found = accounting.guarantees(spec_of("batch", weights=weights), Charges(steps=2, rounds=1))
+        (replaced,) = (g for g in found if (g.unit, g.adjacency) == ("gateway", "replace"))
+        assert ("among shards of the same number of records" in replaced.mechanism) is said
+
+
 def test_sample_guarantee_rejects_a_halved_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of the `sample` guarantee is seen to fail: the `batch` reading of sigma/2 is off by a factor of four."""
     claims = levels._CLAIMS["sample"]

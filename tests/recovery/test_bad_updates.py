@@ -114,3 +114,9 @@ def test_refused_update_counts_as_zero_at_the_gateway_level(disk: Path) -> None:
     before = orchestrator.plan.layout.flatten(orchestrator.plan.model).copy()
     released = orchestrator.plan.layout.flatten(orchestrator.run().model) - before
     assert np.std(released) == pytest.approx(0.004 / SMALL["gateways"], rel=0.2)
+
+
+def test_long_update_that_is_finite_arrives(disk: Path) -> None:
+    """Its float32 squares overflow, its norm does not."""
+    train(disk / "run", noise_level="none", optimizer="sgd", lr=1e23, local_steps=1, rounds=1)
+    assert [line["round"] for line in lines(disk / "run" / "metrics.jsonl")] == [1]

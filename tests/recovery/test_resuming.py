@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import fedray
@@ -35,9 +36,11 @@ def make_other() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
-def own(shards: Any = SHARDS, *, model: Callable[[], Any] = make, test: Any = TEST, **settings: Any) -> fedray.Run:
+def own(
+    shards: Any = SHARDS, *, model: Callable[[], Any] = make, test: Any = TEST, loss: Any = None, **settings: Any
+) -> fedray.Run:
     config = fedray.RunConfig(**({} if "resume" in settings else OWN) | {"pool": "inline"} | settings)
-    return fedray.Orchestrator(shards, model=model, test=test, config=config).run()
+    return fedray.Orchestrator(shards, model=model, test=test, loss=loss, config=config).run()
 
 
 def stop_own(run: Path, **settings: Any) -> None:
@@ -108,6 +111,16 @@ def test_resume_refuses_a_model_of_the_same_shape_that_computes_something_else(s
     shutil.copytree(stopped, disk / "run")
     with pytest.raises(InputError, match="model"):
         own(resume=disk / "run", model=make_other)
+
+
+def test_resume_refuses_another_loss(stopped: Path, disk: Path) -> None:
+    shutil.copytree(stopped, disk / "run")
+
+    def smoothed(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output, target, reduction="none", label_smoothing=0.1)
+
+    with pytest.raises(InputError, match="loss of .* is not what the run began with"):
+        own(resume=disk / "run", loss=smoothed)
 
 
 def test_resume_takes_the_same_parts(stopped: Path, disk: Path) -> None:
