@@ -157,15 +157,19 @@ def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None)
             f"--model: the forward pass on records of shape {tuple(x.shape[1:])} raised {type(error).__name__}: {error}; "
             f"the model must accept a batch of the data's records{remedy}."
         ) from error
+    _refuse_changed_buffers(model, before)
+    for record, single in enumerate(alone):
+        _refuse_coupled_outputs(together, single, record)
+    return _check_outputs(outputs, y, loss)
+
+
+def _refuse_changed_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     for name, buffer in model.named_buffers():
         if name not in before or not torch.equal(before[name], buffer):
             raise InputError(
                 f"--model: buffer {name} changes during a forward pass; buffers do not travel and are not private: "
                 "remove it, or try --fix-model."
             )
-    for record, single in enumerate(alone):
-        _refuse_coupled_outputs(together, single, record)
-    return _check_outputs(outputs, y, loss)
 
 
 def check_record_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss) -> None:

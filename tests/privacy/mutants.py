@@ -360,6 +360,36 @@ def weighted_average_with_uniform_noise(patch: Patch, engine: str) -> None:
     # The proofs call the mechanism through its module, which is patched above.
 
 
+def uploaded_buffer(patch: Patch, engine: str) -> None:
+    """A layer may keep a running mean of its inputs, which travels with the update, as one more number in it."""
+    from fedray import models
+    from fedray.pool.worker import Worker
+
+    train = Worker.train
+
+    def mutated(self: Worker, keys: RoundKeys, params: Float32Array, gateways: Sequence[int]) -> Any:
+        result = train(self, keys, params, gateways)
+        assert result.updates is not None
+        for update, gateway in zip(result.updates, result.gateways, strict=True):
+            update[-1] = self._shards[gateway].x.mean()
+        return result
+
+    patch.setattr(models, "_refuse_changed_buffers", lambda model, before: None)
+    patch.setattr(Worker, "train", mutated)
+
+
+def retry_with_old_noise(patch: Patch, engine: str) -> None:
+    """A round that is repeated with other inputs goes on under the attempt that was charged before."""
+    charge = Ledger.charge
+
+    def mutated(self: Ledger, *, round_index: int, **about: Any) -> int:
+        if any(entry.round == round_index for entry in self.entries):
+            return 0
+        return charge(self, round_index=round_index, **about)
+
+    patch.setattr(Ledger, "charge", mutated)
+
+
 def noise_divided_once_more(patch: Patch, engine: str) -> None:
     """The aggregate's noise has sigma·C/n on the sum: n times too little."""
     aggregate = noise.aggregate_noise
@@ -405,6 +435,8 @@ MUTANTS: Applied = {
     "sample epsilon in batch mode": sample_epsilon_in_batch_mode,
     "replace at the price of zero-out": replace_claimed_at_zero_out_price,
     "weighted average with uniform noise": weighted_average_with_uniform_noise,
+    "uploaded buffer": uploaded_buffer,
+    "retry with old noise and new weights": retry_with_old_noise,
     "noise at sigma/n": noise_divided_once_more,
     "divisor is who arrived": divisor_is_who_arrived,
 }

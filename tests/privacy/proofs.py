@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray import Orchestrator, RunConfig
+from fedray import Orchestrator, RunConfig, models
 from fedray.data.shards import Shard
+from fedray.errors import GatewayError, InputError
 from fedray.orchestrator import gather
 from fedray.params import Layout
 from fedray.privacy import accounting, mechanism, noise
@@ -27,6 +29,7 @@ from fedray.privacy.ledger import ranges_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
+from fedray.progress import Silent
 from tests.privacy import checks
 from tests.privacy.worlds import (
     NUM_FEATURES,
@@ -319,6 +322,92 @@ def gateway_sensitivity(engine: str) -> None:
     checks.check_distance(honest * 3, silent * 3, spec.clip_norm)
     replaced, _ = released([*shards[:2], random_shard(1, seed=4, scale=100.0)])
     checks.check_distance(honest * 3, replaced * 3, 2 * spec.clip_norm)
+
+
+def upload_sensitivity(engine: str) -> None:
+    """T4 for what an actor sends: with the same noise one record moves the whole upload by at most lr·C/B a step."""
+    spec, lr = spec_of("sample", local_steps=1, sample_rate=1.0, clip_norm=0.25), 0.1
+    shard = random_shard(9, seed=5)
+
+    def sent(held: Shard) -> npt.NDArray[np.float32]:
+        worker = worker_of(engine, model_of("mlp"), training_of(spec, lr=lr), [held])
+        result = worker.train(keys_of(9), Layout.of(model_of("mlp")).flatten(model_of("mlp")), [0])
+        assert result.updates is not None
+        return result.updates[0]
+
+    largest = lr * spec.clip_norm / spec.batch_size
+    whole, without = sent(shard), sent(without_last(shard))
+    assert np.linalg.norm(whole - without) > 0.9 * largest, "the record was not clipped: the proof would prove nothing"
+    checks.check_distance(whole, without, largest)
+
+
+class RunningMean(torch.nn.Module):
+    """Keeps a mean of what it saw in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(NUM_FEATURES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Note the mean and change nothing."""
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        return x
+
+
+def changing_buffers_are_refused() -> None:
+    """T4: a model whose buffers gather records is refused, with the buffer's name."""
+    shard = random_shard(8)
+    model = torch.nn.Sequential(RunningMean(), model_of("mlp"))
+    try:
+        models.check(model, shard.x, shard.y, product_loss)
+    except InputError as error:
+        refusal = str(error)
+    else:
+        raise AssertionError("a model with a running mean was let through")
+    assert "buffer 0.mean changes" in refusal
+
+
+class Fuse(torch.nn.Module):
+    """Passes its input on, until it is blown."""
+
+    blown = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input."""
+        if Fuse.blown:
+            raise ValueError("blown")
+        return x
+
+
+class _Blow(Silent):
+    def round(self, record: dict[str, Any], rounds: int) -> None:
+        Fuse.blown = True
+
+
+def retry_has_other_noise(out: Path) -> None:
+    """T2: a round that failed and is repeated in other groups, which may round differently, is charged a second time.
+
+    The attempt is in every noise key ("T2 streams"), so a second attempt is other noise.
+    """
+    shards = [(s.x.numpy(), s.y.numpy()) for s in (random_shard(20, seed=seed) for seed in range(2))]
+
+    def run(progress: Silent, **settings: Any) -> None:
+        config = RunConfig(pool="inline", device="cpu", **settings)
+        model = lambda: torch.nn.Sequential(Fuse(), model_of("mlp"))  # noqa: E731
+        Orchestrator(shards, model=model, loss=product_loss, config=config, progress=progress).run()
+
+    Fuse.blown = False
+    try:
+        run(_Blow(), noise_level="sample", rounds=2, local_steps=2, batch_size=4, seed=5, out=out)
+    except GatewayError:
+        Fuse.blown = False
+    else:
+        raise AssertionError("round 2 did not fail: the proof would prove nothing")
+    run(Silent(), resume=out, gateways_per_actor=1)
+    lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["attempt"]) for line in lines] == [(1, 0), (2, 0), (2, 1)]
+    assert json.loads((out / "privacy.json").read_text())["steps"] == 3 * 2
 
 
 def aggregate_divisor_is_public() -> None:

@@ -30,6 +30,9 @@ PROOFS: dict[str, Proof] = {
     "T4 sample": lambda engine, out: proofs.record_sensitivity(engine),
     "T4 batch": lambda engine, out: proofs.batch_sensitivity(engine),
     "T4 gateway": lambda engine, out: proofs.gateway_sensitivity(engine),
+    "T2 retry": lambda engine, out: proofs.retry_has_other_noise(out),
+    "T4 upload": lambda engine, out: proofs.upload_sensitivity(engine),
+    "T4 buffers": lambda engine, out: proofs.changing_buffers_are_refused(),
     "T4 divisor": lambda engine, out: proofs.aggregate_divisor_is_public(),
     "T11 sample": lambda engine, out: proofs.sample_guarantees(),
     "T11 batch": lambda engine, out: proofs.batch_guarantees(),
@@ -65,6 +68,8 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "sample epsilon in batch mode": ("T11 batch", "T11 run, batch"),
     "replace at the price of zero-out": ("T11 batch", "T11 gateway"),
     "weighted average with uniform noise": ("T4 gateway",),
+    "uploaded buffer": ("T4 upload", "T4 buffers"),
+    "retry with old noise and new weights": ("T2 retry",),
     "noise at sigma/n": ("T1 aggregate", "T1 run, gateway"),
     "divisor is who arrived": ("T4 divisor",),
 }
@@ -78,6 +83,7 @@ ON_EVERY_ENGINE = (
     "T4 sample",
     "T4 batch",
     "T4 gateway",
+    "T4 upload",
 )
 
 

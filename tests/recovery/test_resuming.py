@@ -119,7 +119,7 @@ def test_resume_refuses_another_loss(stopped: Path, disk: Path) -> None:
     def smoothed(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(output, target, reduction="none", label_smoothing=0.1)
 
-    with pytest.raises(InputError, match="loss of .* is not what the run began with"):
+    with pytest.raises(InputError, match=r"loss of .* is not what the run began with"):
         own(resume=disk / "run", loss=smoothed)
 
 
