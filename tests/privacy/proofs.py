@@ -35,6 +35,7 @@ from tests.privacy.worlds import (
     NUM_FEATURES,
     NUM_OUTPUTS,
     Observed,
+    fresh,
     keys_of,
     model_of,
     observe,
@@ -111,7 +112,7 @@ def run_noise_law(engine: str, level: str, out: Path) -> None:
         clip_norm=20.0,
         optimizer="sgd",
         lr=lr if private_step else 1e-30,
-        seed=4,
+        seed=fresh(4),
         pool="inline",
         engine=engine,  # type: ignore[arg-type]  # one of the literals
         device="cpu",

@@ -40,9 +40,22 @@ def spec_of(level: str, **changes: Any) -> PrivacySpec:
     return PrivacySpec(**{**constants, **changes})
 
 
+_fresh = [0]
+
+
+def repetition(number: int) -> None:
+    """Give all keys fresh seeds from here on; 0, the default, are the fixed seeds of the suite."""
+    _fresh[0] = number
+
+
+def fresh(seed: int) -> int:
+    """Return a seed of this repetition."""
+    return seed + 10_000 * _fresh[0]
+
+
 def keys_of(seed: int, round_index: int = 1, attempt: int = 0) -> RoundKeys:
     """Return the keys of a round of the run with this seed."""
-    key = first_round_key(new_root_key(seed))
+    key = first_round_key(new_root_key(fresh(seed)))
     for _ in range(round_index):
         key = next_round_key(key)
     return RoundKeys(round_key=key, round_index=round_index, attempt=attempt)
