@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -24,7 +25,10 @@ from fedray.pool import connection
 _DESCRIPTION = """Differentially private federated learning, simulated on Ray: many gateways train privately in parallel, an
 orchestrator averages their weights. A simulator in one trust domain: every process of the Ray cluster can read un-noised
 weights and run code, so keep the cluster on a private network with token authentication.
-Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+Beside runs there are commands, each with a --help of its own: audit attacks the code that a run uses, frontier draws
+accuracy against epsilon, plan answers what a privacy level costs, report writes a page about a run directory, verify
+recomputes its epsilon and checks its files.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 a promise does not hold, 130 interrupted."""
 
 
 COMMANDS: dict[str, str] = {
@@ -66,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read the output has gone, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the round under way was abandoned; what was written is intact.", file=sys.stderr)
         return 130

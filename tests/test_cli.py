@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import resource
 import subprocess
@@ -45,6 +46,23 @@ def test_help_does_without_slow_imports() -> None:
 def test_help_lists_one_flag_a_field_and_config() -> None:
     flags = set(re.findall(r"^\W*(--[a-z-]+)", _help(), flags=re.MULTILINE))
     assert flags == {flag(field.name) for field in dataclasses.fields(RunConfig)} | {"--config"}
+
+
+def test_help_names_the_commands() -> None:
+    from fedray.cli import COMMANDS
+
+    described = " ".join(_help().split())
+    assert all(f" {name} " in described for name in COMMANDS)
+
+
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedray", "--help"], stdout=writes, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_says_that_a_cluster_must_be_private() -> None:
