@@ -29,9 +29,12 @@ import workload  # isort: skip
 QUICK_REPEATS, FULL_REPEATS = 1, 3
 
 
+BEGUN = time.monotonic()
+
+
 def say(text: str) -> None:
     """Tell how far the benchmark is, apart from its results."""
-    print(text, file=sys.stderr, flush=True)
+    print(f"{time.monotonic() - BEGUN:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def measure(chosen: Sequence[Case], repeats: int, quick: bool, folder: Path) -> Findings:

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 import workload
+from documented_client import DocumentedClient
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from opacus_client import OpacusClient
@@ -24,7 +25,7 @@ class Worker:
     """All that a worker keeps between gateways."""
 
     job: workload.Workload
-    client: OpacusClient | PlainClient
+    client: OpacusClient | DocumentedClient | PlainClient
     x: torch.Tensor
     y: torch.Tensor
 
@@ -35,7 +36,10 @@ def worker(path: str) -> Worker:
     job = workload.read(path)
     torch.set_num_threads(job.threads)
     x, y = (torch.from_numpy(array) for array in job.load_data())
-    client = OpacusClient(job) if job.privacy == "sample" else PlainClient(job)
+    if job.privacy == "none":
+        client: OpacusClient | DocumentedClient | PlainClient = PlainClient(job)
+    else:
+        client = DocumentedClient(job) if job.clients == "documented" else OpacusClient(job)
     return Worker(job=job, client=client, x=x, y=y)
 
 

@@ -34,6 +34,7 @@ import workload
 from fedray.data.shards import RecordRules
 from fedray.orchestrator import gather
 from fedray.params import Layout
+from fedray.pool.pool import Patience
 from fedray.pool.ray_pool import RayPool
 from fedray.pool.worker import WorkerSetup
 from fedray.streams import RoundKeys
@@ -82,7 +83,7 @@ def time_rounds(job: workload.Workload) -> Times:
     rules = RecordRules(record_shape=RECORD_SHAPE, integer=False, num_classes=None)
     training = fedray_job.local_training(job, job.batch_size)
     setup = EchoSetup(model=model, training=training, shards=[], rules=rules, engine="stacked")
-    pool = RayPool(setup, job.processes, 1, "cpu", None)
+    pool = RayPool(setup, job.processes, 1, "cpu", None, Patience(max_failures=0, round_timeout_s=60.0, drop=False))
     target = np.ones_like(params)
     times = Times(rounds=[], sums=[], copies=[], size_bytes=params.nbytes * (1 + job.processes))
     try:
@@ -90,7 +91,8 @@ def time_rounds(job: workload.Workload) -> Times:
         for index in range(1, NUM_ROUNDS + 1):
             keys = RoundKeys(round_key=bytes(32), round_index=index)
             marks = [time.perf_counter()]
-            results = pool.train(keys, params, range(job.processes))
+            pool.begin(keys, params, range(job.processes))
+            results = pool.collect()
             marks.append(time.perf_counter())
             total, _, _ = gather(results, layout, torch.device("cpu"))
             marks.append(time.perf_counter())

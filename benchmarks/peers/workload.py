@@ -27,6 +27,7 @@ from torch import nn
 Privacy = Literal["none", "batch", "sample", "gateway"]
 Sampling = Literal["poisson", "sequential", "full"]
 Optimizer = Literal["adam", "fused_adam"]
+Clients = Literal["persistent", "documented"]
 Array = npt.NDArray[np.generic]
 # A slice where the records lie side by side: a view then, which spares the copy that indices cost.
 Selection = npt.NDArray[np.int64] | slice
@@ -46,7 +47,9 @@ class Workload:
 
     Losses are summed over the records and divided by the public batch size (N under `full`). `processes` is how many
     workers a system that has workers may start; each one computes on `threads` threads. `optimizer` is Adam as users
-    write it, or its fused kernel: the same steps, and up to a third faster where layers are as small as here.
+    write it, or its fused kernel: the same steps, and up to a third faster where layers are as small as here. `clients`
+    says how Opacus clients come to be: one that lives as long as its process, or one made anew for each gateway and round
+    with a PrivacyEngine and a DataLoader, as Opacus' and Flower's documentation do it.
     """
 
     model: str
@@ -63,6 +66,7 @@ class Workload:
     privacy: Privacy
     sampling: Sampling
     optimizer: Optimizer = "adam"
+    clients: Clients = "persistent"
     data: str = "data.npz"
     weights: str = "weights.npz"
     folder: str = "."
@@ -77,6 +81,9 @@ class Workload:
             raise ValueError(f"sampling {self.sampling!r} is unknown: choose from {', '.join(get_args(Sampling))}")
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"optimizer {self.optimizer!r} is unknown: choose from {', '.join(get_args(Optimizer))}")
+
+        if self.clients not in get_args(Clients):
+            raise ValueError(f"clients {self.clients!r} is unknown: choose from {', '.join(get_args(Clients))}")
 
     @property
     def samples_per_round(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from suite.cases import MOST_GATEWAYS
+from suite.cases import DOCUMENTED, MOST_GATEWAYS
 from suite.gate import Check
 from suite.runs import Measured
 from suite.startup import StartToExit
@@ -68,8 +68,11 @@ def _trainer(found: Findings) -> list[Bar]:
 def _program(found: Findings) -> list[Bar]:
     pfl = "pfl (fused Adam)"
     return [
-        _ratio(found, "2", "sample-16", ("fedray", "Flower + Opacus"), 20.0),
-        _ratio(found, "2", "sample-256", ("fedray", "Flower + Opacus"), 20.0),
+        *(
+            _ratio(found, "2", f"sample-{gateways}", ("fedray", system), 20.0)
+            for gateways in (16, 256)
+            for system in ("Flower + Opacus", DOCUMENTED)
+        ),
         _ratio(found, "3", "cnn-16", ("fedray trainer", "Opacus loop"), 2.0),
         _ratio(found, "3", "transformer", ("fedray trainer", "Opacus loop"), 1.5),
         *(

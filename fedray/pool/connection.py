@@ -84,6 +84,9 @@ def _connect(address: str | None) -> Connection:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Free objects at once, not every second: the next round's then lie in memory that is mapped already, which makes
+        # the broadcast and gather of large models two to three times as fast.
+        os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers of a local Ray import these while they wait for their first actor.
     os.environ.setdefault("RAY_preload_python_modules", "torch,fedray.pool.worker")

@@ -183,7 +183,7 @@ class Worker:
         limit = self._setup.max_update_norm
         clipped = level_of(self._setup.training.privacy).central_noise  # makes a non-finite update zero: it arrives
         if isinstance(rows, np.ndarray):
-            norms = np.sqrt(np.einsum("gp,gp->g", rows, rows)).tolist()
+            norms = torch.linalg.vector_norm(torch.from_numpy(rows), dim=1).tolist()
             # Squares of float32 overflow at norms past 1.8e19, which are finite still.
             norms = [
                 norm if np.isfinite(norm) else float(np.linalg.norm(row.astype(np.float64)))
