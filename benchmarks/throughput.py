@@ -45,13 +45,15 @@ def measure(chosen: Sequence[Case], repeats: int, quick: bool, folder: Path) -> 
         RunFailed: one of them failed.
     """
     say("equality gate")
-    checks = gate.run(folder)
+    models = {case.job.model: None for case in chosen if case.job.privacy == "sample"}
+    checks = gate.run(folder, list(models))
     measured = {}
     for case in chosen:
         say(case.title)
         measured[case.key] = runs.measure(case, repeats, folder, say)
-    say("start to exit")
-    start = startup.measure(repeats, not quick, folder, say)
+    if not quick:
+        say("start to exit")
+    start = startup.measure(0 if quick else repeats, folder, say)
     return Findings(gate=tuple(checks), cases=measured, start=start, transfer=_transfer(folder))
 
 

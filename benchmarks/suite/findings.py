@@ -102,19 +102,19 @@ def _ratio(found: Findings, number: str, case: str, pair: tuple[str, str], bar: 
 
 def _start(found: Findings) -> list[Bar]:
     seconds = {name: row["median_s"] for name, row in found.start.as_dict().items()}
-    flower = seconds.get("flower")
+    ours, flower, alone = (seconds.get(name) for name in ("fedray", "flower", "ray_alone"))
     return [
         Bar(
             number="5",
             text="start to exit of the default job: fedray over Flower + Opacus",
-            value=None if flower is None else seconds["fedray"] / flower,
+            value=None if ours is None or flower is None else ours / flower,
             bar=0.6,
             at_most=True,
         ),
         Bar(
             number="5",
             text="start to exit of the default job: fedray above Ray with torch alone",
-            value=seconds["fedray"] - seconds["ray_alone"],
+            value=None if ours is None or alone is None else ours - alone,
             bar=4.0,
             at_most=True,
             unit=" s",

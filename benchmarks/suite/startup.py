@@ -21,7 +21,7 @@ COMMAND = ("-m", "fedray", "--gateways", "16", "--noise-level", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class StartToExit:
-    """Seconds of each repeat; Flower's is empty where it was left out."""
+    """Seconds of each repeat; none where it was left out."""
 
     fedray: tuple[float, ...]
     flower: tuple[float, ...]
@@ -37,7 +37,7 @@ class StartToExit:
         }
 
 
-def measure(repeats: int, with_flower: bool, folder: Path, say: Say) -> StartToExit:
+def measure(repeats: int, folder: Path, say: Say) -> StartToExit:
     """Measure in turn, `repeats` times.
 
     Flower does the default job's training (10 rounds × 16 steps, B 64, 4096 records a gateway, MLP 16-32-4); fedray does
@@ -56,9 +56,7 @@ def measure(repeats: int, with_flower: bool, folder: Path, say: Say) -> StartToE
         with tempfile.TemporaryDirectory() as scratch:
             found["fedray"].append(time_command([sys.executable, *COMMAND], cwd=Path(scratch)))
         found["ray_alone"].append(time_command([sys.executable, str(PEERS / "ray_start.py")]))
-        if with_flower:
-            python, output = str(FLOWER.environment.python), folder / f"start-flower-{repeat}.json"  # type: ignore[union-attr]
-            command = [python, str(PEERS / FLOWER.script), str(path), str(output)]
-            found["flower"].append(time_command(command))
+        python, output = str(FLOWER.environment.python), folder / f"start-flower-{repeat}.json"  # type: ignore[union-attr]
+        found["flower"].append(time_command([python, str(PEERS / FLOWER.script), str(path), str(output)]))
         say("  start to exit: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in found.items() if s))
     return StartToExit(**{name: tuple(seconds) for name, seconds in found.items()})
