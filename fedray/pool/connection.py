@@ -12,6 +12,7 @@ import secrets
 import signal
 import socket
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,9 @@ def _connect(address: str | None) -> Connection:
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # some releases tell users what a later one will do
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out; if one runs "
