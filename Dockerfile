@@ -46,7 +46,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
     && groupadd --gid 1000 fedray \
     && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash fedray \
-    && mkdir /runs /work && chown fedray:fedray /runs /work && ln -s /runs /work/runs \
+    && mkdir /runs /workspace && chown fedray:fedray /runs /workspace && ln -s /runs /workspace/runs \
     && echo 'export PATH=/opt/fedray/bin:$PATH' > /etc/profile.d/fedray.sh
 COPY --from=build /opt/fedray /opt/fedray
 ENV PATH=/opt/fedray/bin:$PATH \
@@ -56,7 +56,7 @@ ENV PATH=/opt/fedray/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER fedray
-# Runs go to /runs by default: /work/runs leads there. Your own modules are found in /work.
-WORKDIR /work
+# Runs go to /runs by default: /workspace/runs leads there. Your own modules are found in /workspace.
+WORKDIR /workspace
 VOLUME /runs
 ENTRYPOINT ["python", "-m", "fedray"]

@@ -27,8 +27,6 @@ import environments  # isort: skip
 import workload  # isort: skip
 
 QUICK_REPEATS, FULL_REPEATS = 1, 3
-
-
 BEGUN = time.monotonic()
 
 
@@ -82,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     repeats = options.repeats or (QUICK_REPEATS if options.quick else FULL_REPEATS)
     config = {"date": report.now(), "quick": options.quick, "repeats": repeats, "machine": machine.describe()}
-    chosen, begun = cases(options.quick), time.monotonic()
+    chosen = cases(options.quick)
     try:
         for environment in environments.ALL.values():
             environments.make(environment)
@@ -91,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (environments.EnvironmentFailed, gate.NotEqual, RunFailed) as error:
         print(error, file=sys.stderr)
         return 1
-    config["seconds"] = round(time.monotonic() - begun)
+    config["seconds"] = round(time.monotonic() - BEGUN)
     print(write(found, chosen, config))
     missed = [line for line in findings.bars(found) if line.met is False]
     say(f"{len(missed)} bars missed; took {config['seconds']} s; files in {RESULTS.name}/")

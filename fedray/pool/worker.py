@@ -185,14 +185,9 @@ class Worker:
         if isinstance(rows, np.ndarray):
             norms = torch.linalg.vector_norm(torch.from_numpy(rows), dim=1).tolist()
             # Squares of float32 overflow at norms past 1.8e19, which are finite still.
-            norms = [
-                norm if np.isfinite(norm) else float(np.linalg.norm(row.astype(np.float64)))
-                for norm, row in zip(norms, rows, strict=True)
-            ]
+            norms = [norm if np.isfinite(norm) else _norm(row) for norm, row in zip(norms, rows, strict=True)]
         else:
-            norms = [
-                0.0 if isinstance(row, GatewayError) else float(np.linalg.norm(row.astype(np.float64))) for row in rows
-            ]
+            norms = [0.0 if isinstance(row, GatewayError) else _norm(row) for row in rows]
         for index, (gateway, row, norm) in enumerate(zip(gateways, rows, norms, strict=True)):
             if isinstance(row, GatewayError):
                 found[index] = row
@@ -207,6 +202,10 @@ class Worker:
                     f"{limit:g}; look at its data, or use --on-failure drop."
                 )
         return found
+
+
+def _norm(row: npt.NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(row.astype(np.float64)))
 
 
 def _stack(rows: Sequence[Any], num_params: int) -> npt.NDArray[np.float32]:

@@ -1,12 +1,51 @@
-"""Kills actors of this process' Ray at random; for tests and for benchmarks/chaos.py."""
+"""Runs whose actors are killed at random times while they train; for tests and for benchmarks/chaos.py."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
 import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import fedray
+from fedray.progress import Silent
+
+JOB: dict[str, Any] = {
+    "gateways": 4,
+    "gateways_per_actor": 2,
+    "rounds": 10,
+    "local_steps": 16,
+    "batch_size": 32,
+    "samples_per_gateway": 256,
+    "noise_level": "gateway",
+    "seed": 5,
+    "max_failures": 50,
+}
+
+
+def train(out: Path, progress: Silent | None = None, **changes: Any) -> fedray.Run:
+    """Run the job that is disturbed, with changes."""
+    return fedray.Orchestrator(config=fedray.RunConfig(**{**JOB, "out": out, **changes}), progress=progress).run()
+
+
+class Clock(Silent):
+    """Notes how long the rounds of a run take, the start of its actors left out."""
+
+    seconds = 0.0
+
+    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+        """Note that the actors are ready."""
+        self._began = time.monotonic()
+
+    def finish(self, sentences: Sequence[str]) -> None:
+        """Note the end."""
+        self.seconds = time.monotonic() - self._began
 
 
 def actor_pids() -> list[int]:
@@ -28,6 +67,20 @@ def _descends_from(pid: int, ancestor: int) -> bool:
             return True
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return False
+
+
+class Losses(logging.Handler):
+    """Collects the rounds in which fedray saw that an actor was lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds: list[int] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a log line."""
+        words = dict(word.partition("=")[::2] for word in record.getMessage().split() if "=" in word)
+        if words.get("event") == "actor_lost":
+            self.rounds.append(int(words["round"]))
 
 
 class Assassin(threading.Thread):
@@ -60,3 +113,53 @@ class Assassin(threading.Thread):
         """Kill no more."""
         self._over.set()
         self.join()
+
+
+class _Opening(Clock):
+    """Lets the assassin loose when the actors are ready."""
+
+    def __init__(self, assassin: Assassin) -> None:
+        self._assassin = assassin
+
+    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+        """Start the clock and the assassin."""
+        super().start(title, rows, warnings)
+        self._assassin.start()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """What happened to a run under fire.
+
+    Args:
+        kills: How many actors were killed.
+        lost_in_rounds: The rounds in which fedray found one lost.
+        seconds: That its rounds took.
+    """
+
+    kills: int
+    lost_in_rounds: list[int]
+    seconds: float
+
+
+def attack(out: Path, seed: int, span_s: float, shots: int = 1, **changes: Any) -> Attack:
+    """Run the job while actors are killed at random times.
+
+    Args:
+        out: The run directory.
+        seed: Chooses victims and times.
+        span_s: Seconds that the rounds take when nothing happens; shots fall within them.
+        shots: How many at most.
+        changes: To the job.
+    """
+    losses, log = Losses(), logging.getLogger("fedray")
+    assassin = Assassin(random.Random(seed), shots, span_s)
+    opening = _Opening(assassin)
+    log.addHandler(losses)
+    try:
+        train(out, opening, **changes)
+    finally:
+        log.removeHandler(losses)
+        if assassin.ident is not None:
+            assassin.stop()
+    return Attack(kills=assassin.kills, lost_in_rounds=losses.rounds, seconds=opening.seconds)
