@@ -37,7 +37,7 @@ def make():
 ENDLESS = [*("--gateways", "2", "--rounds", "100000", "--samples-per-gateway", "64", "--local-steps", "1")]
 
 
-@pytest.mark.parametrize("pool", ["ray", pytest.param("inline", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pool", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3)
     done = subprocess.run(

@@ -40,14 +40,14 @@ SAMPLE_AND_SLOW = ["sample", *(pytest.param(level, marks=pytest.mark.slow) for l
 INLINE = ["--pool", "inline", "--device", "cpu", "--seed", "3"]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SAMPLE_AND_SLOW)
 def test_audit_of_an_honest_run_is_consistent(level: str) -> None:
     audit = audit_of(level)
     assert audit.verdict == "consistent", flagged(audit)
     assert all(finding.lower_bound > 0.5 * finding.claim for finding in audit.findings if finding.name.startswith("T7"))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SAMPLE_AND_SLOW)
 def test_audit_flags_half_the_noise(level: str) -> None:
     with scaled_noise(0.5):
         audit = audit_of(level)
