@@ -1,4 +1,4 @@
-"""How fedray's cost grows with gateways, actors and parameters, the whole program measured.
+"""How fedray's cost grows with gateways, actors, parameters and nodes, the whole program measured.
 
     python benchmarks/scaling.py [--quick]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import sys
 import tempfile
@@ -33,6 +34,7 @@ import workload  # isort: skip
 RECORDS = 64
 GATEWAYS = (16, 64, 256, 1_000, 10_000, 100_000)
 ACTORS = (1, 2, 4, 8)
+NODES = (1, 2, 3)
 MODELS = ("mlp", "mlp_256", "mlp_1024", "big_mlp")
 
 
@@ -61,12 +63,13 @@ def run(what: workload.Workload, size: int, folder: Path) -> Point:
 
 
 def measure(quick: bool, folder: Path) -> list[Series]:
-    """Measure all three series.
+    """Measure all series.
 
     Raises:
         RunFailed: fedray failed.
     """
-    return [_over_gateways(quick, folder), _over_actors(folder), _over_parameters(quick, folder)]
+    found = [_over_gateways(quick, folder), _over_actors(folder), _over_parameters(quick, folder)]
+    return found if quick else [*found, _over_nodes(folder)]
 
 
 def _over_gateways(quick: bool, folder: Path) -> Series:
@@ -91,6 +94,26 @@ def _over_parameters(quick: bool, folder: Path) -> Series:
         size = sum(parameter.numel() for parameter in workload.ARCHITECTURES[model]().parameters())
         points.append(run(what, size, folder))
     return Series(axis="parameters", fixed="16 gateways, 5 steps, 2 actors", points=tuple(points))
+
+
+def _over_nodes(folder: Path) -> Series:
+    """Measure clusters of a head without cores and some nodes of one, all on this machine, one actor a node."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.cluster.clusters import cluster
+
+    points = []
+    for nodes in NODES:
+        with cluster(
+            {"num_cpus": 0, "num_gpus": 0}, *({"num_cpus": 1, "num_gpus": 0} for _ in range(nodes))
+        ) as started:
+            os.environ["RAY_ADDRESS"] = started.address
+            try:
+                what = job(model="big_mlp", gateways=nodes, rounds=8, local_steps=1, privacy="none", processes=nodes)
+                points.append(run(what, nodes, folder))
+            finally:
+                del os.environ["RAY_ADDRESS"]
+    fixed = "25-MB MLP, 1 step, one gateway a node, all nodes on this machine"
+    return Series(axis="nodes", fixed=fixed, points=tuple(points))
 
 
 def markdown(series: Sequence[Series], config: dict[str, Any], stem: str) -> str:
@@ -130,7 +153,7 @@ def draw(series: Sequence[Series], path: Path) -> None:
     for one, axis in zip(series, axes[0], strict=True):
         sizes, seconds = [p.size for p in one.points], [p.round_s for p in one.points]
         axis.loglog(sizes, seconds, "o-", color="#1f6f8b", label="measured")
-        if one.axis != "actors":
+        if one.axis not in ("actors", "nodes"):
             slope = [seconds[-1] * size / sizes[-1] for size in sizes]
             axis.loglog(sizes, slope, "--", color="#999999", linewidth=1, label="linear")
         axis.set_xlabel(f"{one.axis}\n({one.fixed})", fontsize=8)
