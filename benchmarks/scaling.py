@@ -75,7 +75,7 @@ def measure(quick: bool, folder: Path) -> list[Series]:
 def _over_gateways(quick: bool, folder: Path) -> Series:
     sizes = GATEWAYS[:-2] if quick else GATEWAYS
     points = [run(job(gateways=size, rounds=_rounds(size)), size, folder) for size in sizes]
-    return Series(axis="gateways", fixed="MLP of 6,986 parameters, 20 steps, 2 actors", points=tuple(points))
+    return Series(axis="gateways", fixed="MLP of 6,922 parameters, 20 steps, 2 actors", points=tuple(points))
 
 
 def _rounds(gateways: int) -> int:
@@ -84,7 +84,7 @@ def _rounds(gateways: int) -> int:
 
 def _over_actors(folder: Path) -> Series:
     points = [run(job(gateways=256, rounds=8, processes=actors), actors, folder) for actors in ACTORS]
-    return Series(axis="actors", fixed="256 gateways, MLP of 6,986 parameters, 20 steps", points=tuple(points))
+    return Series(axis="actors", fixed="256 gateways, MLP of 6,922 parameters, 20 steps", points=tuple(points))
 
 
 def _over_parameters(quick: bool, folder: Path) -> Series:
