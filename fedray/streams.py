@@ -138,6 +138,9 @@ class Stream:
     def fill_bytes(self, out: npt.NDArray[np.uint8]) -> None:
         """Overwrite `out` with the next keystream bytes."""
         target = out.data
+        if len(target) <= len(_ZEROS):
+            self._encryptor.update_into(_ZEROS[: len(target)], target)
+            return
         for start in range(0, len(target), len(_ZEROS)):
             part = target[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)], part)
@@ -231,8 +234,8 @@ def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> Non
     cosine, sine = target[:, :pairs], target[:, pairs:]
     torch.cos(angle, out=cosine)
     cosine.mul_(radius)
-    angle.sin_().mul_(radius)
-    sine.copy_(angle[:, : size - pairs])
+    torch.sin(angle[:, : size - pairs], out=sine)
+    sine.mul_(radius[:, : size - pairs])
 
 
 class _Scratch(threading.local):

@@ -35,6 +35,7 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.worker",),
     ("training.reference", "training.stacked"),
     ("training.stacking", "training.row_optimizers"),
+    ("training.chain",),
     ("training.layers", "training.trainer"),
     ("privacy",),
     ("evaluation", "aggregation"),

@@ -57,7 +57,7 @@ class _Tap(torch.autograd.Function):
         ctx.x_shape = x.shape
         out = layer.compute(x.detach())
         layer.num_values = layer.a.numel() + out.numel()
-        return out
+        return out.detach()  # no view, so that what follows may work in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
@@ -83,22 +83,21 @@ class StackedLayer(nn.Module):
         self.calls = 0
         self.num_values = 0
         self._values: dict[str, torch.Tensor] = {}
+        self._targets: dict[str, torch.Tensor] = {}
+        self._target_of: torch.Tensor | None = None
         self._gateways = 0
         self._anchor = torch.zeros((), requires_grad=True)
         self.a: Any = None
         self.e: Any = None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set plain attributes as objects do: torch's bookkeeping of modules would take a tenth of a step's time."""
-        if isinstance(value, nn.Module | nn.Parameter):
-            super().__setattr__(name, value)
-        else:
-            self.__dict__[name] = value
+    # It holds no modules or parameters, and torch's look-out for them would take a tenth of a step's time.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]  # narrower than torch says
 
     def bind(self, params: torch.Tensor, anchor: torch.Tensor) -> None:
         """Take this layer's parameters from `params` `[G, P]` from now on (views: they follow the optimizer)."""
         self._gateways = len(params)
         self._anchor = anchor
+        self._target_of = None
         self._values = {name: slot.view(params) for name, slot in self.slots.items()}
         for name, value in self.frozen.items():
             self._values[name] = value.expand(len(params), *value.shape)
@@ -110,6 +109,13 @@ class StackedLayer(nn.Module):
     def has(self, name: str) -> bool:
         """Tell whether a parameter is trainable."""
         return name in self.slots
+
+    def targets(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return where in `out` `[G, P]` each trainable parameter lies: views, made once for a matrix."""
+        if self._target_of is not out:
+            self._target_of = out
+            self._targets = {name: slot.view(out) for name, slot in self.slots.items()}
+        return self._targets
 
     def grouped(self, flat: torch.Tensor) -> torch.Tensor:
         """Return `[G·B, …]` as `[G, B, …]`."""
@@ -158,7 +164,8 @@ def _weighted(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
 
 def _squares(values: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares over all but the first two dimensions, in float64: it must not under- or overflow."""
-    norms: torch.Tensor = torch.linalg.vector_norm(values.flatten(2), dim=2, dtype=torch.float64)
+    rows = values if values.dim() == 3 else values.flatten(2)
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64)
     return norms.square_()
 
 
@@ -170,7 +177,7 @@ class _Affine(StackedLayer):
     def rows_forward(self, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return a Wᵀ + b for a `[G, B(, T), in]`, keeping a."""
         self.a = a
-        flat = a.flatten(1, -2)
+        flat = a if a.dim() == 3 else a.flatten(1, -2)
         if bias is None:
             out = torch.bmm(flat, weight.transpose(1, 2))
         else:
@@ -190,7 +197,7 @@ class _Affine(StackedLayer):
         """
         if self.a.dim() == 3:
             inputs = _squares(self.a) if self.has("weight") else torch.zeros((), dtype=torch.float64)
-            return _squares(self.e) * (inputs + 1 if self.has("bias") else inputs)
+            return _squares(self.e).mul_(inputs + 1 if self.has("bias") else inputs)
         squares = torch.zeros((), dtype=torch.float64, device=self.e.device)
         if self.has("weight"):
             e, a = self.e.flatten(0, 1), self.a.flatten(0, 1)
@@ -225,11 +232,12 @@ class _Affine(StackedLayer):
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
         """See `StackedLayer.add_sums`."""
+        targets = self.targets(out)
         if self.has("weight"):
-            target = self.slots["weight"].view(out)
+            target = targets["weight"]
             target += self.weight_sum(factors).view(target.shape)
         if self.has("bias"):
-            target = self.slots["bias"].view(out)
+            target = targets["bias"]
             target += self.bias_sum(factors).view(target.shape)
 
 
@@ -249,6 +257,18 @@ class StackedLinear(_Affine):
         """See `StackedLayer.catch`."""
         self.e = e.reshape(*self.a.shape[:-1], e.shape[-1])
         return self.rows_backward(self.e, self._values["weight"]) if input_needed else None
+
+    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """See `StackedLayer.add_sums`; without a sequence the products are added where they belong at once."""
+        if self.a.dim() != 3:
+            super().add_sums(out, factors)
+            return
+        targets = self.targets(out)
+        weighted = _weighted(self.e, factors)
+        if self.has("weight"):
+            targets["weight"].baddbmm_(weighted.transpose(1, 2), self.a)
+        if self.has("bias"):
+            targets["bias"].add_(weighted.sum(1))
 
 
 class StackedConv(_Affine):
@@ -428,7 +448,7 @@ class StackedScale(StackedLayer):
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
         """See `StackedLayer.add_sums`."""
         for name, gradient in self._gradients().items():
-            target = self.slots[name].view(out)
+            target = self.targets(out)[name]
             target += _weighted(gradient, factors).sum(1).view(target.shape)
 
 
@@ -469,8 +489,7 @@ class StackedEmbedding(StackedLayer):
         """See `StackedLayer.add_sums`."""
         weighted = _weighted(self.e, factors).flatten(1, 2)
         index = self.a.flatten(1).unsqueeze(2).expand_as(weighted)
-        target = self.slots["weight"].view(out)
-        target.scatter_add_(1, index, weighted)
+        self.targets(out)["weight"].scatter_add_(1, index, weighted)
 
 
 def _linear(module: nn.Linear, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:

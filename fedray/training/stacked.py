@@ -8,6 +8,7 @@ processor's cache and under the memory limit; the cut changes results by roundin
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,19 +183,18 @@ class StackedTrainer:
         squares = [layer.squared_norms() for layer in layers]
         if not squares:
             return
-        norms = torch.stack(squares).sum(0).sqrt_() if len(squares) > 1 else squares[0].sqrt()
-        finite = usable(norms)
+        norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
         factors = clip_factors(norms, self._training.privacy.clip_norm).to(gradient.dtype)
-        if self._device.type != "cpu" or not bool(finite.all()):  # on a GPU, looking would cost more than selecting
+        # On a GPU, looking would cost more than selecting.
+        if self._device.type != "cpu" or not bool(usable(norms.max())):
+            finite = usable(norms)
             for layer in layers:
                 layer.select(finite)
         for layer in layers:
             layer.add_sums(gradient, factors)
 
     def _losses_backward(self, batch: _Batch, weights: torch.Tensor) -> None:
-        with torch.enable_grad():
-            losses = self._training.loss(self._model.forward(batch.x), batch.y)
-        self._model.backward(losses, weights.view(-1))
+        self._model.differentiate(self._training.loss, batch.x, batch.y, weights.view(-1))
 
     def _fill_noise(self, noise: LocalNoise, step: int, out: torch.Tensor) -> None:
         if out.device.type == "cpu":
@@ -257,14 +257,13 @@ class StackedTrainer:
             x[:, row] = shard.x.index_select(0, chosen).view(num_steps, width, *x0.shape[1:])
             y[:, row] = shard.y.index_select(0, chosen).view(num_steps, width, *y0.shape[1:])
         x, y = x.to(self._device), y.to(self._device)
-        columns = np.arange(width)
-        for step in range(num_steps):
-            needed = int(sizes[:, step].max())
-            mask = torch.from_numpy((columns[None, :needed] < sizes[:, step, None]).astype(np.float32))
+        present = (np.arange(width) < sizes.T[:, :, None]).astype(np.float32)  # [S, G, B]
+        masks = torch.from_numpy(present).to(self._device)
+        for step, needed in enumerate(sizes.max(0).tolist()):
             yield _Batch(
                 x=x[step, :, :needed].flatten(0, 1),
                 y=y[step, :, :needed].flatten(0, 1),
-                mask=mask.to(self._device),
+                mask=masks[step, :, :needed].contiguous(),
                 sizes=sizes[:, step],
                 indices=[batches[step] for batches in drawn],
             )

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from fedray.models import Loss
 from fedray.params import Layout
 from fedray.streams import forked_global_rng
+from fedray.training.chain import Chain
 from fedray.training.layers import DRAWING, KINDS, Slot, StackedLayer, Unsupported
 
 
@@ -33,6 +35,7 @@ class StackedModel:
         self.layers: list[StackedLayer] = []
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self.module = self._stack(copy.deepcopy(model).to(device).train(), "", slots, set())
+        self.chain = Chain.of(self.module)
 
     def bind(self, params: torch.Tensor) -> None:
         """Use `params` `[G, P]` (views of it: it may be updated in place)."""
@@ -45,9 +48,23 @@ class StackedModel:
             layer.forget()
         return self.module(x)  # type: ignore[no-any-return]  # a module's call is untyped
 
-    def backward(self, losses: torch.Tensor, weights: torch.Tensor) -> None:
-        """Catch every layer's output gradient of sum(weights · losses); both `[G·B]`."""
-        torch.autograd.grad(losses, self._anchor, grad_outputs=weights, allow_unused=True)
+    def differentiate(self, loss: Loss, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        """Catch every layer's output gradient of sum(weights · losses).
+
+        Args:
+            loss: Maps (outputs `[G·B, …]`, y) to losses `[G·B]`.
+            x: `[G·B, …]`.
+            y: `[G·B, …]`.
+            weights: `[G·B]`.
+        """
+        if self.chain is None:
+            with torch.enable_grad():
+                losses = loss(self.forward(x), y)
+            torch.autograd.grad(losses, self._anchor, grad_outputs=weights, allow_unused=True)
+            return
+        for layer in self.layers:
+            layer.forget()
+        self.chain.differentiate(loss, x, y, weights)
 
     def used_layers(self) -> list[StackedLayer]:
         """Return the layers that the last backward pass reached; the others have zero gradients."""

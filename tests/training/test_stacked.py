@@ -15,12 +15,12 @@ from torch import nn
 
 from fedray.data.shards import Shard
 from fedray.errors import GatewayError
-from fedray.models import cross_entropy
+from fedray.models import Loss, cross_entropy
 from fedray.params import Layout
 from fedray.pool.worker import new_trainer
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
 from fedray.streams import RoundKeys
-from fedray.training.stacking import reason_against
+from fedray.training.stacking import StackedModel, reason_against
 from fedray.training.trainer import LocalTraining, Release
 
 CPU = torch.device("cpu")
@@ -58,6 +58,17 @@ class Block(nn.Module):
             x = x + layer["out"](torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1) @ v)
             x = x + layer["down"](torch.relu(layer["up"](layer["norm2"](x))))
         return self.head(x.mean(dim=1))
+
+
+class InPlace(nn.Module):
+    """Changes a layer's output in place (Opacus' hooks refuse that)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu_(self.body(x)))  # type: ignore[no-any-return]
 
 
 def _image(*layers: nn.Module) -> Maker:
@@ -162,8 +173,11 @@ def _both(
     name: str, training: LocalTraining, observe: bool = False, memory_limit: int = 2**31
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], list[Recorder]]:
     make, shape = MODELS[name]
-    torch.manual_seed(3)
     model = make()
+    torch.manual_seed(3)
+    for layer in model.modules():  # some are made when this file is imported
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
     shards = _shards(shape, tokens=name == "transformer")
     keys = RoundKeys(round_key=bytes(range(32)), round_index=4)
     updates, recorders = [], []
@@ -255,6 +269,71 @@ def test_stacked_embedding_padding_has_no_gradient(level: NoiseLevelName) -> Non
     ]
     for one, other in zip(*updates, strict=True):
         assert _distance(one, other) < 1e-5
+
+
+def _in_place_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    output.mul_(2.0)
+    return cross_entropy(output, target)
+
+
+def _detached_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output.detach() + torch.zeros((), requires_grad=True)).sum(1)
+
+
+CHAINS: dict[str, Maker] = {
+    "flatten_first": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, CLASSES)),
+    "activation_first": lambda: nn.Sequential(
+        nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, CLASSES)
+    ),
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)), nn.Flatten(1), nn.Sequential(nn.Linear(9, CLASSES))
+    ),
+    "convolution": lambda: nn.Sequential(nn.Conv1d(3, 6, 2, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(18, CLASSES)),
+    "activation_last": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("loss", [cross_entropy, _in_place_loss, _detached_loss])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chain_catches_what_autograd_catches_bit_for_bit(name: str, loss: Loss, broken: bool) -> None:
+    model = StackedModel(CHAINS[name](), CPU)
+    random = torch.Generator().manual_seed(2)
+    model.bind(torch.randn(2, model.num_params, generator=random))
+    x, y = torch.randn(8, 3, 4, generator=random), torch.randint(0, CLASSES, (8,), generator=random)
+    if broken:
+        x[1], x[5, 0] = torch.nan, 3e38
+    kept, weights = x.clone(), torch.linspace(0.0, 1.0, 8)
+    assert model.chain is not None
+    model.differentiate(loss, x, y, weights)
+    found = [(layer.a, layer.e) for layer in model.layers]
+    assert torch.equal(x, kept) or broken
+    model.chain = None
+    # The copy, as torch does not differentiate an activation whose output was changed in place.
+    model.differentiate(lambda output, target: loss(output.clone(), target), kept, y, weights)
+    for layer, (a, e) in zip(model.layers, found, strict=True):
+        torch.testing.assert_close(a, layer.a, rtol=0, atol=0, equal_nan=True)
+        assert (e is None) == (layer.e is None)
+        if e is not None:
+            torch.testing.assert_close(e, layer.e, rtol=0, atol=0, equal_nan=True)
+
+
+def test_stacked_model_may_work_in_place() -> None:
+    found = []
+    for make in (InPlace, lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))):
+        torch.manual_seed(3)
+        model = make()
+        trainer = new_trainer("stacked", model, _training("sample"), CPU)
+        keys = RoundKeys(round_key=bytes(range(32)), round_index=4)
+        found.append(trainer.train(keys, Layout.of(model).flatten(model), [0, 1, 2], _shards((6,), tokens=False)))
+    np.testing.assert_array_equal(*found)
+
+
+def test_models_with_code_of_their_own_are_no_chain() -> None:
+    hooked = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    hooked[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    for model in (Block(), hooked, nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), InPlace()):
+        assert StackedModel(model, CPU).chain is None
 
 
 def test_stacked_failure_names_gateways_and_keeps_traceback() -> None:

@@ -1,0 +1,124 @@
+"""Models that are a plain sequence of stacked layers and activations: they run without autograd, but for the loss.
+
+With few gateways a step costs what its calls cost, and autograd's are a quarter of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fedray.models import Loss
+from fedray.training.layers import StackedLayer
+
+
+class Part(Protocol):
+    """One step of the sequence."""
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output and keep what the gradient will need."""
+        ...
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """Take the output gradient; return the input gradient when it is needed."""
+        ...
+
+
+class _Flatten:
+    """nn.Flatten; `Chain` gives gradients the shapes of the values."""
+
+    def __init__(self, module: nn.Flatten) -> None:
+        self._module = module
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Part.compute`."""
+        return x.flatten(self._module.start_dim, self._module.end_dim)
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `Part.catch`."""
+        return e
+
+
+class _ReLU:
+    """nn.ReLU, never in place: the first part's input is the data."""
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Part.compute`."""
+        self._output = torch.relu(x)
+        return self._output
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `Part.catch`."""
+        found: torch.Tensor = torch.ops.aten.threshold_backward.default(e, self._output, 0)
+        return found
+
+
+class _Tanh:
+    """nn.Tanh."""
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Part.compute`."""
+        self._output = torch.tanh(x)
+        return self._output
+
+    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `Part.catch`."""
+        found: torch.Tensor = torch.ops.aten.tanh_backward.default(e, self._output)
+        return found
+
+
+class Chain:
+    """A sequence of parts, with autograd's results bit for bit.
+
+    Args:
+        parts: In order.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._first = next((i for i, part in enumerate(parts) if isinstance(part, StackedLayer)), len(parts))
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Chain | None:
+        """Return the chain that a stacked model is, or None when it is none (its own forward code, hooks, …)."""
+        parts: list[Part] = []
+        return cls(parts) if _collect(module, parts) else None
+
+    def differentiate(self, loss: Loss, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        """See `fedray.training.stacking.StackedModel.differentiate`."""
+        values = [x]
+        for part in self._parts:
+            values.append(part.compute(values[-1]))
+        with torch.enable_grad():
+            output = values[-1].detach().requires_grad_()
+            losses = loss(output.clone(), y)  # a copy: the user's loss may work in place
+        gradient: torch.Tensor | None = torch.autograd.grad(losses, output, grad_outputs=weights, allow_unused=True)[0]
+        for index in range(len(self._parts) - 1, self._first - 1, -1):
+            if gradient is None:  # the loss does not depend on it
+                return
+            gradient = self._parts[index].catch(gradient.reshape(values[index + 1].shape), index > self._first)
+
+
+def _collect(module: nn.Module, parts: list[Part]) -> bool:
+    kind = type(module)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return False
+    if isinstance(module, StackedLayer):
+        if kind.forward is not StackedLayer.forward:  # norms do more than `compute`, under autograd
+            return False
+        parts.append(module)
+    elif kind is nn.Sequential:
+        return all(_collect(child, parts) for child in module.children())
+    elif isinstance(module, nn.Flatten) and kind is nn.Flatten:
+        parts.append(_Flatten(module))
+    elif kind is nn.ReLU:
+        parts.append(_ReLU())
+    elif kind is nn.Tanh:
+        parts.append(_Tanh())
+    else:
+        return False
+    return True
