@@ -24,7 +24,7 @@ class GroupResult:
 
     Args:
         gateways: Ids, one row each.
-        updates: `[G, P]`; clipped at the `gateway` level. None when the stack would be large: then `total` stands for it.
+        updates: `[G, P]`; clipped at the `gateway` level. None when it is large: then `total` stands for it.
         weights: One a gateway, or None for 1 each (record counts leave a gateway only when the user asked for it).
         layout_digest: Of the model that made the updates.
         total: `[P]`, the weighted sum of the updates in gateway order, or None.

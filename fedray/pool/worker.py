@@ -22,7 +22,8 @@ from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import LocalTraining, Trainer
 
 Engine = Literal["opacus", "stacked"]
-_LARGEST_STACK_BYTES = 32 * 2**20  # of updates in one answer; past it an actor answers with their sum
+_LARGEST_STACK_BYTES = 32 * 2**20  # of updates held at a time
+_LARGEST_ANSWER_BYTES = 100_000  # of updates; past it an actor answers with their sum, which is quicker to send
 _CPU = torch.device("cpu")
 _Rows = npt.NDArray[np.float32] | list[npt.NDArray[np.float32] | GatewayError]
 
@@ -131,7 +132,8 @@ class Worker:
             own = [float(self._shards[gateway].num_records) if weighted else 1.0 for gateway in part]
             arrived += part
             weights += own
-            if len(gateways) > together:
+            stack_bytes = len(gateways) * 4 * self._layout.num_params
+            if len(gateways) > together or (len(gateways) > 2 and stack_bytes > _LARGEST_ANSWER_BYTES):
                 total = weighted_sum(list(updates), own, _CPU, np.zeros(len(params)) if total is None else total)
         return GroupResult(
             gateways=tuple(arrived),
