@@ -29,7 +29,9 @@ from tests.privacy import checks, worlds  # noqa: E402
 from tests.privacy.test_mutants import PROOFS, engines_of  # noqa: E402
 
 ALPHA = 0.05
-STATISTICAL = [name for name in PROOFS if name.startswith(("T1", "T2 sample", "T2 batch", "T2 streams", "T3"))]
+STATISTICAL = [
+    name for name in PROOFS if name.startswith(("T1 ", "T2 sample", "T2 batch", "T2 streams", "T2 resume", "T3"))
+]
 KEPT = RESULTS / "proofs.jsonl"
 
 

@@ -12,9 +12,10 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
-import tempfile
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +114,9 @@ class RunDirectory:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _sweep(path.parent)
-            building = cls(Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{os.getpid()}-", dir=path.parent)))
-            try:
-                building.path.chmod(0o755)
+            building = cls(path.parent / f"{_UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
+            with _removed_if_killed(building.path):
+                building.path.mkdir()
                 building.write_json("config.json", state.card)
                 for name in ("ledger.jsonl", "metrics.jsonl"):
                     _write(building.path / name, b"")
@@ -129,9 +130,6 @@ class RunDirectory:
                     path.rmdir()  # an empty directory that the user made
                 building.path.rename(path)
                 _sync_directory(path.parent)
-            except BaseException:
-                shutil.rmtree(building.path, ignore_errors=True)
-                raise
         except OSError as error:
             raise RunFailedError(f"--out {path} cannot be written ({error}); choose another place.") from error
         created = cls(path)
@@ -409,8 +407,25 @@ def _bytes_of(path: Path) -> bytes | None:
         return None
 
 
+@contextlib.contextmanager
+def _removed_if_killed(folder: Path) -> Iterator[None]:
+    """Remove a folder that is still there at the end of the block, even when kill -9 is what ends it.
+
+    A small process waits for the end of a pipe whose other end only this process holds.
+    """
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; rm -rf -- "$0"', str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C and the end of the terminal are not for it
+    )
+    try:
+        yield
+    finally:
+        watcher.communicate()
+
+
 def _sweep(parent: Path) -> None:
-    """Remove what a killed process of this machine left of a directory that it had not finished creating."""
+    """Remove what a process that was killed together with its watcher left of a directory that it was creating."""
     for left in parent.glob(f"{_UNFINISHED}*-*"):
         pid = left.name.removeprefix(_UNFINISHED).partition("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():

@@ -12,12 +12,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedray.privacy import clipping, levels, mechanism, noise
+from fedray.privacy import accounting, clipping, levels, mechanism, noise
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
+from fedray.session import Session
 from fedray.streams import RoundKeys, Stream
 from fedray.training import layers
 from fedray.training.stacked import StackedTrainer
@@ -84,6 +85,19 @@ def noise_shared_by_rounds(patch: Patch, engine: str) -> None:
         return key(RoundKeys(round_key=bytes(32), round_index=0, attempt=self.attempt), purpose, gateway)
 
     patch.setattr(RoundKeys, "key", mutated)
+
+
+def keys_start_again_on_resume(patch: Patch, engine: str) -> None:
+    """The key ratchets but does not name the round, and a resumed run goes back to the first key."""
+    key, resumed = RoundKeys.key, Session._resumed.__func__  # type: ignore[attr-defined]  # of a class method
+
+    def mutated(cls: Any, plan: Any, *args: Any) -> Session:
+        session: Session = resumed(cls, plan, *args)
+        session.round_key = plan.first_round_key
+        return session
+
+    patch.setattr(RoundKeys, "key", lambda self, purpose, gateway: key(replace(self, round_index=0), purpose, gateway))
+    patch.setattr(Session, "_resumed", classmethod(mutated))
 
 
 def noise_shared_by_attempts(patch: Patch, engine: str) -> None:
@@ -339,6 +353,33 @@ def replace_claimed_at_zero_out_price(patch: Patch, engine: str) -> None:
         patch.setitem(levels._CLAIMS, name, halved(levels._CLAIMS[name]))
 
 
+def sampled_replace_priced_as_removal(patch: Patch, engine: str) -> None:
+    """Replacing a sampled update is booked as adding or removing it."""
+    loss = accounting._one_step_loss
+    patch.setattr(accounting, "_one_step_loss", lambda event: loss(replace(event, replaces=False)))
+
+
+def arrival_keeps_the_attempt(patch: Patch, engine: str) -> None:
+    """Another set of gateways is released under the attempt that was charged."""
+    arrive = Ledger.arrive
+
+    def mutated(self: Ledger, **about: Any) -> int:
+        return arrive(self, **{**about, "central_noise": False})
+
+    patch.setattr(Ledger, "arrive", mutated)
+
+
+def extension_forgets_what_was_spent(patch: Patch, engine: str) -> None:
+    """Only what follows the last extension is charged."""
+
+    def mutated(self: Ledger, through: int | None = None) -> Charges:
+        starts = [number for number, entry in enumerate(self.entries) if entry.event == "extension"]
+        last = self.entries[starts[-1] if starts else 0 :]
+        return Charges(steps=sum(entry.steps for entry in last), rounds=sum(entry.event == "charge" for entry in last))
+
+    patch.setattr(Ledger, "charges", mutated)
+
+
 def weighted_average_with_uniform_noise(patch: Patch, engine: str) -> None:
     """At the `gateway` level updates are weighted by record counts while the noise stays that of uniform weights."""
     from fedray.pool.worker import Worker
@@ -420,6 +461,7 @@ MUTANTS: Applied = {
     "noise shared by steps": noise_shared_by_steps,
     "noise shared by rounds": noise_shared_by_rounds,
     "noise shared by attempts": noise_shared_by_attempts,
+    "keys start again on resume": keys_start_again_on_resume,
     "aggregate noise ignores who arrived": aggregate_noise_ignores_who_arrived,
     "no clipping": no_clipping,
     "non-finite let through": non_finite_let_through,
@@ -434,6 +476,9 @@ MUTANTS: Applied = {
     "ledger reset each round": ledger_reset_each_round,
     "sample epsilon in batch mode": sample_epsilon_in_batch_mode,
     "replace at the price of zero-out": replace_claimed_at_zero_out_price,
+    "sampled replace at the price of removal": sampled_replace_priced_as_removal,
+    "another arrived set under the old attempt": arrival_keeps_the_attempt,
+    "extension forgets what was spent": extension_forgets_what_was_spent,
     "weighted average with uniform noise": weighted_average_with_uniform_noise,
     "uploaded buffer": uploaded_buffer,
     "retry with old noise and new weights": retry_with_old_noise,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import numpy.typing as npt
 import torch
 
 from fedray import Orchestrator, RunConfig, models
+from fedray.checkpoint import RunDirectory
 from fedray.data.shards import Shard
-from fedray.errors import GatewayError, InputError
+from fedray.errors import GatewayError, InputError, RunInterruptedError
 from fedray.orchestrator import gather
 from fedray.params import Layout
 from fedray.privacy import accounting, mechanism, noise
 from fedray.privacy.accounting import Charges
-from fedray.privacy.ledger import ranges_of
+from fedray.privacy.ledger import Ledger, Ranges, ranges_of, read
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
@@ -100,39 +102,42 @@ def run_noise_law(engine: str, level: str, out: Path) -> None:
     Hardly anybody is sampled (q = .002, four records), and at the `gateway` level the learning rate is too small to move
     anything. B is large enough for the run not to look up other sigmas.
     """
-    gateways, steps, batch_size, lr = 2, 3, 25, 0.5
-    private_step = level != "gateway"
-    config = RunConfig(
-        noise_level=level,  # type: ignore[arg-type]  # one of the literals
+    orchestrator = _data_free_run(
+        COORDINATES,
+        noise_level=level,
         rounds=1,
-        local_steps=steps,
-        batch_size=batch_size,
-        samples_per_gateway=12_500,
-        noise_multiplier=0.7,
-        clip_norm=20.0,
-        optimizer="sgd",
-        lr=lr if private_step else 1e-30,
+        lr=0.5 if level != "gateway" else 1e-30,
         seed=fresh(4),
-        pool="inline",
-        engine=engine,  # type: ignore[arg-type]  # one of the literals
-        device="cpu",
+        engine=engine,
         out=out,
     )
-    num_outputs = COORDINATES // (NUM_FEATURES + 1)
-    shard = random_shard(2, num_outputs=num_outputs)
-    pairs = [(shard.x.numpy(), shard.y.numpy())] * gateways
-
-    def model() -> torch.nn.Module:
-        return wide_model(COORDINATES)
-
-    orchestrator = Orchestrator(pairs, model=model, loss=product_loss, config=config)
     layout = orchestrator.plan.layout
     before = layout.flatten(orchestrator.plan.model).astype(np.float64)
     moved = layout.flatten(orchestrator.run().model) - before
-    factor = (
-        lr * math.sqrt(steps / gateways) / (batch_size if level == "sample" else 1) if private_step else 1 / gateways
-    )
+    factor = 1 / 2 if level == "gateway" else 0.5 * math.sqrt(3 / 2) / (25 if level == "sample" else 1)
     checks.check_noise_law(moved, 0.7 * 20.0 * factor)
+
+
+def _data_free_run(num_params: int, progress: Silent | None = None, **settings: Any) -> Orchestrator:
+    """Return a run of two gateways with three local steps, B = 25 and sigma·C = .7 · 20, in which data play no part."""
+    shard = random_shard(2, num_outputs=num_params // (NUM_FEATURES + 1))
+    fixed: dict[str, Any] = {"pool": "inline", "device": "cpu"}
+    if "resume" not in settings:
+        fixed |= {
+            "local_steps": 3,
+            "batch_size": 25,
+            "samples_per_gateway": 12_500,
+            "noise_multiplier": 0.7,
+            "clip_norm": 20.0,
+            "optimizer": "sgd",
+        }
+    return Orchestrator(
+        [(shard.x.numpy(), shard.y.numpy())] * 2,
+        model=lambda: wide_model(num_params),
+        loss=product_loss,
+        config=RunConfig(**(fixed | settings)),
+        progress=progress,
+    )
 
 
 # --- T2: independence ------------------------------------------------------------------------------------------------
@@ -166,6 +171,39 @@ def stream_independence() -> None:
             rows.append(noise.aggregate_noise(spec, keys, arrived, length))
         rows.extend(keys.stream(purpose, 0).normals(0, length) for purpose in ("batches", "model draws", "new purpose"))
     checks.check_independence(np.stack(rows))
+
+
+class _Stop(Silent):
+    """Ctrl-C after the first round."""
+
+    def round(self, record: dict[str, Any], rounds: int) -> None:
+        raise KeyboardInterrupt
+
+
+def resumed_noise_is_fresh(level: str, out: Path) -> None:
+    """T2 over a real stop, resume and two extensions: no round's noise has anything of an earlier one's.
+
+    As in `run_noise_law`, what the parameters move by in a round is its noise.
+    """
+    num_params = 24_000
+
+    def params() -> npt.NDArray[np.float64]:
+        return RunDirectory(out).restore().checkpoint.params.astype(np.float64)
+
+    lr = 0.5 if level == "sample" else 1e-30
+    first = _data_free_run(num_params, _Stop(), noise_level=level, rounds=2, lr=lr, seed=fresh(6), out=out)
+    seen = [first.plan.layout.flatten(first.plan.model).astype(np.float64)]
+    try:
+        first.run()
+    except RunInterruptedError:
+        seen.append(params())
+    else:
+        raise AssertionError("the run was not cut off: the proof would prove nothing")
+    for rounds in (2, 3, 4):
+        _data_free_run(num_params, resume=out, rounds=rounds).run()
+        seen.append(params())
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 4
+    checks.check_independence(np.diff(np.stack(seen), axis=0))
 
 
 # --- T3: sampler -----------------------------------------------------------------------------------------------------
@@ -504,6 +542,80 @@ def gateway_guarantees() -> None:
             ("record", "add-or-remove"): (0.5, 1.0, 20),
         },
     )
+
+
+def secret_participation_guarantees() -> None:
+    """T11: one round at participation .2: each claim is held against its hockey-stick integral, by quadrature.
+
+    Replacing a sampled update is no add-or-remove at half the multiplier: both mixtures differ from the noise alone.
+    """
+    sigma, rate = 0.8, 0.2
+    spec = spec_of("gateway", noise_multiplier=sigma, participation=rate)
+    claims = accounting.guarantees(spec, Charges(steps=3, rounds=1))
+    assert [(str(claim.unit), str(claim.adjacency)) for claim in claims] == [
+        ("gateway", "zero-out"),
+        ("gateway", "replace"),
+        ("record", "add-or-remove"),
+    ]
+    for claim in claims:
+        other = 0.0 if claim.adjacency == "zero-out" else -1.0
+        true_delta = max(hockey_stick(claim.epsilon, rate, means, sigma) for means in ((1.0, other), (other, 1.0)))
+        assert 0.95 * spec.delta <= true_delta <= spec.delta * (1 + 1e-5), (
+            f"{claim.unit}, {claim.adjacency}: delta at epsilon {claim.epsilon:.4f} is {true_delta:.3g}"
+        )
+
+
+def hockey_stick(epsilon: float, rate: float, means: tuple[float, float], sigma: float) -> float:
+    """Return the integral of max(0, p − e^eps·q), p and q mixtures of N(0, s²) and, with weight `rate`, N(mean, s²)."""
+    from scipy import integrate
+
+    def density(x: float, mean: float) -> float:
+        return (1 - rate) * math.exp(-((x / sigma) ** 2) / 2) + rate * math.exp(-(((x - mean) / sigma) ** 2) / 2)
+
+    edges = np.linspace(-1 - 12 * sigma, 1 + 12 * sigma, 60)
+    parts = [
+        integrate.quad(
+            lambda x: max(0.0, density(x, means[0]) - math.exp(epsilon) * density(x, means[1])),
+            low,
+            high,
+            epsabs=1e-13,
+            limit=200,
+        )[0]
+        for low, high in pairwise(edges)
+    ]
+    return math.fsum(parts) / (sigma * math.sqrt(2 * math.pi))
+
+
+def arrivals_are_charged(out: Path) -> None:
+    """T11: an attempt that may have been released never meets another set of gateways: that is a charge of its own."""
+    path = out.with_suffix(".jsonl")
+
+    def attempt(arrived: Ranges, everybody: bool = False) -> tuple[int, Charges]:
+        ledger = read(path) if path.exists() else Ledger(path)  # another process each time
+        charged = ledger.charge(round_index=1, gateways=((0, 3),), steps=2, level="gateway", inputs="same")
+        assert charged == 0
+        released = ledger.arrive(
+            round_index=1, attempt=0, arrived=arrived, label=repr(arrived), everybody=everybody, central_noise=True
+        )
+        return released, ledger.charges()
+
+    one, two, three = (Charges(steps=2 * rounds, rounds=rounds) for rounds in (1, 2, 3))
+    assert attempt(((0, 3),), everybody=True) == (0, one)
+    assert attempt(((0, 3),), everybody=True) == (0, one), "the same set is the same release"
+    assert attempt(((0, 2),)) == (1, two), "attempt 0 may have been released with everybody"
+    assert attempt(((0, 2),)) == (1, two), "the same set is the same release"
+    assert attempt(((1, 3),)) == (2, three)
+    assert attempt(((0, 3),), everybody=True)[1].rounds >= 3, "a charge is never taken back"
+
+
+def extension_is_charged_on_top(out: Path) -> None:
+    """T11: rounds that are added to a finished run are charged on top of it, and epsilon is that of all rounds."""
+    _data_free_run(600, noise_level="gateway", rounds=2, lr=1e-30, seed=7, out=out).run()
+    run = _data_free_run(600, resume=out, rounds=5).run()
+    first = run.privacy["guarantees"][0]
+    truth = independent_epsilon(0.7, 1.0, 5, first["delta"])
+    for found in (first["epsilon"], run.history[-1]["epsilon"]["gateway"]):
+        assert abs(found - truth) <= 0.01 * truth, f"epsilon is {found:.4f}, truth is {truth:.4f}"
 
 
 def run_charges(engine: str, level: str, out: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,11 @@ def kill_and_resume(disk: Path, changes: dict[str, Any], which: Callable[[str], 
         assert in_child(watched, folder, fatal, tear, changes) == -9
         run = folder / "run"
         if not run.exists():
-            assert not [entry for entry in folder.iterdir() if not entry.name.startswith(".fedray-")]
-            train(run, **changes)  # the next run sweeps what was left
+            deadline = time.monotonic() + 10
+            while list(folder.iterdir()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not list(folder.iterdir())
+            train(run, **changes)
         else:
             resume(run)
         assert [entry.name for entry in folder.iterdir()] == ["run"]
@@ -149,3 +153,13 @@ def test_run_directory_appears_complete_or_not_at_all(disk: Path) -> None:
         assert in_child(watched, folder, fatal, False, {"rounds": 1}) == -9
         assert (folder / "run").exists() == (fatal > appears)
     assert json.loads((folder / "run" / "config.json").read_text())["config"]["gateways"] == SMALL["gateways"]
+
+
+def test_a_run_sweeps_what_killed_processes_of_this_machine_left(disk: Path) -> None:
+    """Only theirs: a process that lives is still at it, and other machines may share the disk."""
+    dead, other = (disk / f".fedray-{host}-4194303-ab" for host in (socket.gethostname(), "elsewhere"))
+    alive = disk / f".fedray-{socket.gethostname()}-{os.getppid()}-ab"
+    for folder in (dead, alive, other):
+        (folder / "checkpoint").mkdir(parents=True)
+    train(disk / "run", rounds=1)
+    assert {path.name for path in disk.iterdir()} == {alive.name, other.name, "run"}
