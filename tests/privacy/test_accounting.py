@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedray.privacy import accounting, levels
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import Event
-from tests.privacy import proofs
+from tests.privacy import books
 from tests.privacy.worlds import spec_of
 
 
@@ -68,9 +68,9 @@ def test_gaussian_epsilon_is_exact(mu: float, exponent: float) -> None:
     delta = 10**exponent
     found = accounting.gaussian_epsilon(mu, delta)
     if found == 0.0:
-        assert proofs.gdp_delta(0.0, mu) <= delta * (1 + 1e-9)
+        assert books.gdp_delta(0.0, mu) <= delta * (1 + 1e-9)
         return
-    assert found == pytest.approx(proofs.gdp_epsilon(mu, delta), rel=1e-6, abs=1e-9)
+    assert found == pytest.approx(books.gdp_epsilon(mu, delta), rel=1e-6, abs=1e-9)
 
 
 def test_gaussian_epsilon_of_nothing_is_zero() -> None:
@@ -98,7 +98,7 @@ def test_epsilon_meets_the_closed_form_as_the_rate_goes_to_one() -> None:
     """The PLD at q = 1 − 1e-6 agrees with exact GDP within 0.1 %, and stays at or below it plus that."""
     for sigma, steps in ((1.0, 10), (3.0, 40)):
         sampled = accounting.epsilon_of(step_event(sigma, 1 - 1e-6), steps, 1e-5)
-        assert sampled == pytest.approx(proofs.gdp_epsilon(math.sqrt(steps) / sigma, 1e-5), rel=1e-3)
+        assert sampled == pytest.approx(books.gdp_epsilon(math.sqrt(steps) / sigma, 1e-5), rel=1e-3)
 
 
 @pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 1 / 64, 160), (1.0, 0.1, 100), (2.0, 0.05, 1000)])
@@ -131,7 +131,7 @@ def test_epsilon_agrees_with_dp_accounting(seed: int) -> None:
     sigma, rate = float(rng.uniform(0.5, 3)), float(10 ** rng.uniform(-2.5, -0.2))
     steps, delta = int(10 ** rng.uniform(0, 2.7)), float(10 ** rng.uniform(-7, -4))
     found = accounting.epsilon_of(step_event(sigma, rate), steps, delta)
-    assert found == pytest.approx(proofs.independent_epsilon(sigma, rate, steps, delta), rel=0.01, abs=1e-3)
+    assert found == pytest.approx(books.independent_epsilon(sigma, rate, steps, delta), rel=0.01, abs=1e-3)
 
 
 def test_epsilon_of_little_noise_takes_little_memory() -> None:
@@ -140,7 +140,7 @@ def test_epsilon_of_little_noise_takes_little_memory() -> None:
     A step whose record is in is worth about GDP; so sampled T times it lies below T unsampled steps, and above one.
     """
     found = accounting.epsilon_of(step_event(0.02, 0.1), 100, 1e-5)
-    assert proofs.gdp_epsilon(1 / 0.02, 1e-5) < found < proofs.gdp_epsilon(math.sqrt(100) / 0.02, 1e-5)
+    assert books.gdp_epsilon(1 / 0.02, 1e-5) < found < books.gdp_epsilon(math.sqrt(100) / 0.02, 1e-5)
 
 
 def test_epsilon_is_finite_at_the_smallest_delta() -> None:
@@ -191,7 +191,7 @@ def test_sample_guarantee_rejects_a_halved_multiplier(monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(levels._CLAIMS, "sample", mutated)
     with pytest.raises(AssertionError):
-        proofs.sample_guarantees()
+        books.sample_guarantees()
 
 
 @pytest.mark.parametrize(

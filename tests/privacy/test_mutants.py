@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ENGINES
-from tests.privacy import proofs
+from tests.privacy import books, proofs
 from tests.privacy.mutants import MUTANTS
 
 Proof = Callable[[str, Path], None]
@@ -36,15 +36,15 @@ PROOFS: dict[str, Proof] = {
     "T4 upload": lambda engine, out: proofs.upload_sensitivity(engine),
     "T4 buffers": lambda engine, out: proofs.changing_buffers_are_refused(),
     "T4 divisor": lambda engine, out: proofs.aggregate_divisor_is_public(),
-    "T11 sample": lambda engine, out: proofs.sample_guarantees(),
-    "T11 batch": lambda engine, out: proofs.batch_guarantees(),
-    "T11 gateway": lambda engine, out: proofs.gateway_guarantees(),
-    "T11 participation": lambda engine, out: proofs.secret_participation_guarantees(),
-    "T11 arrivals": lambda engine, out: proofs.arrivals_are_charged(out),
-    "T11 extension": lambda engine, out: proofs.extension_is_charged_on_top(out),
-    "T11 run, sample": lambda engine, out: proofs.run_charges(engine, "sample", out),
-    "T11 run, batch": lambda engine, out: proofs.run_charges(engine, "batch", out),
-    "T11 run, gateway": lambda engine, out: proofs.run_charges(engine, "gateway", out),
+    "T11 sample": lambda engine, out: books.sample_guarantees(),
+    "T11 batch": lambda engine, out: books.batch_guarantees(),
+    "T11 gateway": lambda engine, out: books.gateway_guarantees(),
+    "T11 participation": lambda engine, out: books.secret_participation_guarantees(),
+    "T11 arrivals": lambda engine, out: books.arrivals_are_charged(out),
+    "T11 extension": lambda engine, out: books.extension_is_charged_on_top(out),
+    "T11 run, sample": lambda engine, out: books.run_charges(engine, "sample", out),
+    "T11 run, batch": lambda engine, out: books.run_charges(engine, "batch", out),
+    "T11 run, gateway": lambda engine, out: books.run_charges(engine, "gateway", out),
 }
 
 NOISE = ("T1 sample", "T1 batch", "T1 aggregate")

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedray import models
+from fedray import Orchestrator, RunConfig, models
 from fedray.data.shards import RecordRules, Shard
 from fedray.params import Layout
 from fedray.pool import worker
 from fedray.privacy.spec import PrivacySpec
+from fedray.progress import Silent
 from fedray.streams import RoundKeys, first_round_key, new_root_key, next_round_key
 from fedray.training.trainer import LocalTraining, Release
 
@@ -250,3 +251,25 @@ def clipped_sum(
         norm = float(np.linalg.norm(flat))
         total += flat * min(1.0, clip_norm / norm) if norm > 0 else flat
     return total
+
+
+def data_free_run(num_params: int, progress: Silent | None = None, **settings: Any) -> Orchestrator:
+    """Return a run of two gateways with three local steps, B = 25 and sigma·C = .7 · 20, in which data play no part."""
+    shard = random_shard(2, num_outputs=num_params // (NUM_FEATURES + 1))
+    fixed: dict[str, Any] = {"pool": "inline", "device": "cpu"}
+    if "resume" not in settings:
+        fixed |= {
+            "local_steps": 3,
+            "batch_size": 25,
+            "samples_per_gateway": 12_500,
+            "noise_multiplier": 0.7,
+            "clip_norm": 20.0,
+            "optimizer": "sgd",
+        }
+    return Orchestrator(
+        [(shard.x.numpy(), shard.y.numpy())] * 2,
+        model=lambda: wide_model(num_params),
+        loss=product_loss,
+        config=RunConfig(**(fixed | settings)),
+        progress=progress,
+    )
