@@ -42,7 +42,7 @@ class GroupResult:
 def weighted_sum(
     rows: Sequence[Float32Array], weights: Sequence[float], device: torch.device, start: Float64Array | None = None
 ) -> Float64Array:
-    """Return the weighted sum of updates in float64, one after the other, so that grouping does not change its bits.
+    """Return the weighted sum of updates in float64, one after the other.
 
     Args:
         rows: Updates `[P]`, in gateway order, at least one.

@@ -416,12 +416,14 @@ def _removed_if_killed(folder: Path) -> Iterator[None]:
     watcher = subprocess.Popen(
         ["/bin/sh", "-c", 'read -r _; rm -rf -- "$0"', str(folder)],
         stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C and the end of the terminal are not for it
     )
     try:
         yield
     finally:
-        watcher.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
+        watcher.communicate(b"\n")  # a line, as a child of another thread may hold the pipe open
 
 
 def _sweep(parent: Path) -> None:

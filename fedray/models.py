@@ -205,6 +205,11 @@ def check_record_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, l
         if parameter.grad is None:
             continue
         found = getattr(single, "grad_sample", None)
+        if isinstance(found, torch.Tensor) and len(found) != len(x):
+            raise InputError(
+                f"--model: the gradients of parameter {name} are not one a record, as its layer's first dimension is not the "
+                "batch; keep the batch first, or use --noise-level gateway."
+            )
         total = found.sum(dim=0) if isinstance(found, torch.Tensor) else torch.zeros_like(parameter)
         scale = float(parameter.grad.abs().max())
         if not torch.allclose(total, parameter.grad, rtol=1e-2, atol=1e-3 * scale + 1e-7, equal_nan=True):

@@ -205,3 +205,16 @@ def test_check_refuses_a_loss_that_couples_records() -> None:
 
     with pytest.raises(InputError, match="loss of a record depends on the other records"):
         models.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), loss)
+
+
+def test_check_record_gradients_refuses_rows_that_pose_as_records() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.Linear(4, 2), torch.nn.Unflatten(0, (-1, 5)), Mean())
+    x, y = torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64)
+    models.check(model, x, y, None)
+    with pytest.raises(InputError, match=r"parameter 1\.weight are not one a record.*keep the batch first"):
+        models.check_record_gradients(model, x, y, models.cross_entropy)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=1)

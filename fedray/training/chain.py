@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fedray.models import Loss
 from fedray.training.layers import StackedLayer
@@ -85,13 +86,20 @@ class Chain:
     def of(cls, module: nn.Module) -> Chain | None:
         """Return the chain that a stacked model is, or None when it is none (its own forward code, hooks, …)."""
         parts: list[Part] = []
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch lacks the annotation
+            return None
         return cls(parts) if _collect(module, parts) else None
 
-    def differentiate(self, loss: Loss, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
-        """See `fedray.training.stacking.StackedModel.differentiate`."""
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the input, then each part's output."""
         values = [x]
         for part in self._parts:
             values.append(part.compute(values[-1]))
+        return values
+
+    def differentiate(self, loss: Loss, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        """See `fedray.training.stacking.StackedModel.differentiate`."""
+        values = self.compute(x)
         with torch.enable_grad():
             output = values[-1].detach().requires_grad_()
             losses = loss(output.clone(), y)  # a copy: the user's loss may work in place
@@ -102,17 +110,23 @@ class Chain:
             gradient = self._parts[index].catch(gradient.reshape(values[index + 1].shape), index > self._first)
 
 
-def _collect(module: nn.Module, parts: list[Part]) -> bool:
-    kind = type(module)
+def altered(module: nn.Module) -> bool:
+    """Tell whether a module does more when it is called than its class says: by hooks, or a forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
+    return any(hooks) or "forward" in vars(module)
+
+
+def _collect(module: nn.Module | None, parts: list[Part]) -> bool:
+    if module is None or altered(module):
         return False
+    kind = type(module)
     if isinstance(module, StackedLayer):
         if kind.forward is not StackedLayer.forward:  # norms do more than `compute`, under autograd
             return False
         parts.append(module)
     elif kind is nn.Sequential:
-        return all(_collect(child, parts) for child in module.children())
+        # Not children(), which leaves out a module's second use.
+        return all(_collect(child, parts) for child in module._modules.values())
     elif isinstance(module, nn.Flatten) and kind is nn.Flatten:
         parts.append(_Flatten(module))
     elif kind is nn.ReLU:

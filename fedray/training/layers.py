@@ -57,12 +57,17 @@ class _Tap(torch.autograd.Function):
         ctx.x_shape = x.shape
         out = layer.compute(x.detach())
         layer.num_values = layer.a.numel() + out.numel()
+        ctx.version = layer.a._version
         return out.detach()  # no view, so that what follows may work in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         """Keep the output gradient and return the input gradient when someone needs it."""
         layer: StackedLayer = ctx.layer
+        if layer.a._version != ctx.version:
+            raise RuntimeError(
+                f"the input of a {type(layer).__name__} was changed in place after the layer had used it"
+            )
         needed = ctx.needs_input_grad[0]
         input_gradient = layer.catch(gradients[0], needed)
         return (input_gradient.view(ctx.x_shape) if input_gradient is not None else None), None, None

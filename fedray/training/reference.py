@@ -133,7 +133,7 @@ class OpacusTrainer:
             return gradient
 
         if isinstance(optimizer, KeyedDPOptimizer):
-            optimizer.release = release
+            optimizer.release, optimizer.num_records = release, len(batch)
         else:
             mean = _flat([p.grad for p in self._params], self._params) / privacy.batch_size
             _unflatten(release(clip_rows(mean.unsqueeze(0), privacy.clip_norm)[0]), self._params)
@@ -143,7 +143,8 @@ class OpacusTrainer:
 class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
     """Opacus' DPOptimizer with a public clipping factor, non-finite records selected out, and keyed noise.
 
-    `release` maps the flat clipped sum `[P]` to the flat released gradient `[P]`; the trainer sets it before each step.
+    `release` maps the flat clipped sum `[P]` to the flat released gradient `[P]`; the trainer sets it before each step, and
+    `num_records`, how many records the batch holds.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, training: LocalTraining) -> None:
@@ -156,6 +157,7 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
             loss_reduction="mean",
         )
         self.release: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.num_records = 0
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip, sum, add noise, divide by the public B; an empty batch is a step like any other."""
@@ -172,6 +174,8 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
             for p in self.params:
                 p.summed_grad = torch.zeros_like(p)
             return
+        if any(len(sample) != self.num_records for sample in used):  # clipping would not bound a record's share
+            raise RuntimeError("a layer's first dimension is not the batch, so its gradients are not one a record")
         per_param = [sample.flatten(1).norm(2, dim=1) for sample in used]
         norms = torch.stack(per_param, dim=1).norm(2, dim=1)
         factors = clip_factors(norms, self.max_grad_norm)

@@ -183,6 +183,8 @@ class StackedTrainer:
         squares = [layer.squared_norms() for layer in layers]
         if not squares:
             return
+        if any(part.shape != batch.mask.shape for part in squares):  # clipping would not bound a record's share
+            raise RuntimeError("a layer's first dimension is not the batch, so its gradients are not one a record")
         norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
         factors = clip_factors(norms, self._training.privacy.clip_norm).to(gradient.dtype)
         # On a GPU, looking would cost more than selecting.

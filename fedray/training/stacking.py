@@ -11,7 +11,7 @@ from torch import nn
 from fedray.models import Loss
 from fedray.params import Layout
 from fedray.streams import forked_global_rng
-from fedray.training.chain import Chain
+from fedray.training.chain import Chain, altered
 from fedray.training.layers import DRAWING, KINDS, Slot, StackedLayer, Unsupported
 
 
@@ -84,6 +84,8 @@ class StackedModel:
         kind = KINDS.get(type(module))
         if kind is None:
             raise Unsupported(f"{label} is not on the list of proven layers")
+        if altered(module):
+            raise Unsupported(f"{label} has hooks or a forward of its own")
         if any(id(p) in seen for p in own.values()):
             raise Unsupported(f"{label} shares a parameter with another layer")
         seen.update(id(p) for p in own.values())
@@ -127,6 +129,8 @@ def reason_against(model: nn.Module, x: torch.Tensor) -> str | None:  # noqa: PL
         with torch.no_grad(), forked_global_rng(1):
             again = plain(x)
             found = stacked.forward(x)
+            rows = [layer.a.shape[1] for layer in stacked.layers if layer.a is not None]
+            outputs = [found] if stacked.chain is None else [found, stacked.chain.compute(x)[-1]]
     except Unsupported as reason:
         return str(reason)
     except Exception as error:  # the user's forward may do anything with the layers it finds
@@ -136,6 +140,8 @@ def reason_against(model: nn.Module, x: torch.Tensor) -> str | None:  # noqa: PL
         return f"a layer ({type(repeated[0]).__name__}) runs more than once in a forward pass"
     if not torch.equal(expected, again):
         return "its forward pass draws random numbers"
-    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):
+    if any(num_rows != len(x) // 2 for num_rows in rows):
+        return "a layer's first dimension is not the batch, so its gradients are not one a record"
+    if not all(torch.allclose(expected, output, rtol=1e-4, atol=1e-5) for output in outputs):
         return "its forward pass gives other outputs with stacked layers"
     return None

@@ -369,6 +369,16 @@ def arrival_keeps_the_attempt(patch: Patch, engine: str) -> None:
     patch.setattr(Ledger, "arrive", mutated)
 
 
+def everybody_needs_no_new_attempt(patch: Patch, engine: str) -> None:
+    """When all arrive, nobody asks who had arrived before the crash."""
+    arrive = Ledger.arrive
+
+    def mutated(self: Ledger, *, everybody: bool, attempt: int, **about: Any) -> int:
+        return attempt if everybody else arrive(self, everybody=everybody, attempt=attempt, **about)
+
+    patch.setattr(Ledger, "arrive", mutated)
+
+
 def extension_forgets_what_was_spent(patch: Patch, engine: str) -> None:
     """Only what follows the last extension is charged."""
 
@@ -478,6 +488,7 @@ MUTANTS: Applied = {
     "replace at the price of zero-out": replace_claimed_at_zero_out_price,
     "sampled replace at the price of removal": sampled_replace_priced_as_removal,
     "another arrived set under the old attempt": arrival_keeps_the_attempt,
+    "everybody needs no new attempt": everybody_needs_no_new_attempt,
     "extension forgets what was spent": extension_forgets_what_was_spent,
     "weighted average with uniform noise": weighted_average_with_uniform_noise,
     "uploaded buffer": uploaded_buffer,

@@ -75,6 +75,7 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "replace at the price of zero-out": ("T11 batch", "T11 gateway"),
     "sampled replace at the price of removal": ("T11 participation",),
     "another arrived set under the old attempt": ("T11 arrivals",),
+    "everybody needs no new attempt": ("T11 arrivals",),
     "extension forgets what was spent": ("T11 extension",),
     "weighted average with uniform noise": ("T4 gateway",),
     "uploaded buffer": ("T4 upload", "T4 buffers"),

@@ -17,7 +17,7 @@ from fedray.data.shards import Shard
 from fedray.errors import GatewayError
 from fedray.models import Loss, cross_entropy
 from fedray.params import Layout
-from fedray.pool.worker import new_trainer
+from fedray.pool.worker import Engine, new_trainer
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
 from fedray.streams import RoundKeys
 from fedray.training.stacking import StackedModel, reason_against
@@ -280,6 +280,9 @@ def _detached_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.detach() + torch.zeros((), requires_grad=True)).sum(1)
 
 
+_SHARED = nn.Tanh()
+
+
 CHAINS: dict[str, Maker] = {
     "flatten_first": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, CLASSES)),
     "activation_first": lambda: nn.Sequential(
@@ -289,6 +292,9 @@ CHAINS: dict[str, Maker] = {
         nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)), nn.Flatten(1), nn.Sequential(nn.Linear(9, CLASSES))
     ),
     "convolution": lambda: nn.Sequential(nn.Conv1d(3, 6, 2, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(18, CLASSES)),
+    "shared_activation": lambda: nn.Sequential(
+        nn.Flatten(), *(2 * [nn.Sequential(nn.Linear(12, 12), _SHARED)]), nn.Linear(12, CLASSES)
+    ),
     "activation_last": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES), nn.ReLU()),
 }
 
@@ -329,11 +335,72 @@ def test_stacked_model_may_work_in_place() -> None:
     np.testing.assert_array_equal(*found)
 
 
+def _hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def _own_forward() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    model[1].forward = lambda x: nn.functional.leaky_relu(x, 0.3)
+    return model
+
+
 def test_models_with_code_of_their_own_are_no_chain() -> None:
-    hooked = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
-    hooked[1].register_forward_hook(lambda module, inputs, output: 2 * output)
-    for model in (Block(), hooked, nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), InPlace()):
+    for model in (Block(), _hooked(), _own_forward(), nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), InPlace()):
         assert StackedModel(model, CPU).chain is None
+
+
+def test_a_global_hook_means_no_chain() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output)
+    try:
+        assert StackedModel(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), CPU).chain is None
+    finally:
+        handle.remove()
+
+
+class Reused(nn.Module):
+    """Changes what a layer was given after the layer has used it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(x)
+        hidden += self.other(hidden)
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("level", ["none", "sample"])
+def test_stacked_layer_notices_that_its_input_was_changed(level: NoiseLevelName) -> None:
+    model = Reused()
+    trainer = new_trainer("stacked", model, _training(level), CPU)
+    keys = RoundKeys(round_key=bytes(range(32)), round_index=4)
+    with pytest.raises(GatewayError, match="input of a StackedLinear was changed in place"):
+        trainer.train(keys, Layout.of(model).flatten(model), [0, 1, 2], _shards((6,), tokens=False))
+
+
+class RowsInBatch(nn.Module):
+    """Hands the rows of a record to its layer as if they were records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, (-1, 4)).mean(1)
+
+
+@pytest.mark.parametrize("engine", ["opacus", "stacked"])
+def test_rows_that_pose_as_records_are_refused(engine: Engine) -> None:
+    model = RowsInBatch()
+    assert "first dimension is not the batch" in str(reason_against(model, torch.randn(3, 4, 6)))
+    trainer = new_trainer(engine, model, _training("sample"), CPU)
+    keys = RoundKeys(round_key=bytes(range(32)), round_index=4)
+    with pytest.raises(GatewayError, match="first dimension is not the batch"):
+        trainer.train(keys, Layout.of(model).flatten(model), [0, 1, 2], _shards((4, 6), tokens=False))
 
 
 def test_stacked_failure_names_gateways_and_keeps_traceback() -> None:
@@ -382,6 +449,12 @@ class Scaled(nn.Module):
         return self.head(x * self.scale)  # type: ignore[no-any-return]
 
 
+def _hooked_layer() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, CLASSES))
+    model[0].register_full_backward_pre_hook(lambda module, gradients: gradients)
+    return model
+
+
 def _tied() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, CLASSES))
     model[1].weight = model[0].weight
@@ -398,6 +471,7 @@ def _tied() -> nn.Module:
         (_tied, r"1.weight shares its values"),
         (Twice, r"runs more than once"),
         (Drawing, r"draws random numbers"),
+        (_hooked_layer, r"0 \(Linear\) has hooks or a forward of its own"),
         (Scaled, r"the model \(Scaled\) is not on the list"),
     ],
 )
