@@ -283,6 +283,11 @@ def _refuse_coupled_outputs(
 
 def _check_outputs(outputs: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:
     if loss is not None:
+        if outputs.shape[:1] != (len(y),):
+            raise InputError(
+                f"--model: outputs have shape {tuple(outputs.shape)} for {len(y)} records; their first dimension must be the "
+                "batch: keep it first."
+            )
         try:
             values = loss(outputs, y)
         except Exception as error:  # the user's loss may raise anything

@@ -215,6 +215,15 @@ def test_check_record_gradients_refuses_rows_that_pose_as_records() -> None:
         models.check_record_gradients(model, x, y, models.cross_entropy)
 
 
+def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return output.unflatten(0, (-1, 5)).sum((1, 2))
+
+    model = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.Linear(4, 2))
+    with pytest.raises(InputError, match=r"outputs have shape \(15, 2\) for 3 records"):
+        models.check(model, torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64), loss)
+
+
 class Mean(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(dim=1)
