@@ -209,7 +209,7 @@ class _Affine(StackedLayer):
             self.gradients = torch.bmm(e.transpose(1, 2), a).flatten(1).view(*self.a.shape[:2], -1)
             squares = squares + _squares(self.gradients)
         if self.has("bias"):
-            squares = squares + _squares(self.e if self.e.dim() == 3 else self.e.sum(2))
+            squares = squares + _squares(self.e.sum(2))
         return squares
 
     def select(self, keep: torch.Tensor) -> None:
@@ -232,7 +232,7 @@ class _Affine(StackedLayer):
 
     def bias_sum(self, factors: torch.Tensor | None) -> torch.Tensor:
         """Return the weighted sum of the bias' gradients `[G, out]`."""
-        gradients = self.e if self.e.dim() == 3 else self.e.sum(2)
+        gradients = self.e.sum(2)
         return gradients.sum(1) if factors is None else torch.bmm(factors.unsqueeze(1), gradients).squeeze(1)
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
