@@ -125,7 +125,7 @@ def _run(config: RunConfig, explicit: set[str]) -> int:
     terminal = Terminal(config.quiet)
     try:
         if config.dry_run:
-            dry_run(config)
+            dry_run(config, explicit)
         else:
             Orchestrator(config=config, progress=terminal, explicit=explicit).run()
     finally:

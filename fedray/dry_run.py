@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedray.config import RunConfig
 from fedray.errors import InputError
-from fedray.plan import UserParts, prepare
+from fedray.plan import Plan, UserParts
 from fedray.pool.pool import Inspection
 from fedray.privacy import accounting
 from fedray.progress import Terminal
-from fedray.session import new_run_path
+from fedray.session import new_run_path, planned
 from fedray.summary import privacy_rows
 from fedray.user_code import is_reference
 
 
-def dry_run(config: RunConfig) -> None:
+def dry_run(config: RunConfig, explicit: Collection[str]) -> None:
     """Check everything that a run checks, place its actors, and print the plan; on a cluster, check every node.
 
+    Args:
+        config: The settings; with `resume` the run directory's own hold.
+        explicit: Settings that the caller insists on when resuming.
+
     Raises:
-        InputError: The run would not start.
+        InputError: The run would not start, or not go on.
     """
-    plan = prepare(config, UserParts())
-    pool = plan.new_pool()
+    with ExitStack() as stack:
+        plan, reopened = planned(config, UserParts(), explicit, stack)
+        if reopened is not None and reopened.is_complete(plan.config):
+            Terminal().finish([reopened.already_complete()])
+            return
+        if reopened is not None:
+            reopened.check_goes_on(plan, None if plan.federation.lazy else {})
+        _show(plan, 0 if reopened is None else reopened.state.checkpoint.round)
+
+
+def _show(plan: Plan, done: int) -> None:
+    """Print the plan of a run of which some rounds are done."""
+    config, pool = plan.config, plan.new_pool()
     try:
         where = pool.describe()
         inspection = Inspection()
@@ -38,10 +53,11 @@ def dry_run(config: RunConfig) -> None:
     rows = [
         ("where", where),
         *inspection.rows,
-        ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps"),
+        ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps"
+         + (f"; {done} are done" if done else "")),
         ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters"),
         *privacy_rows(plan, accounting.guarantees(plan.spec, plan.charges)),
-    ]
+    ]  # fmt: skip
     terminal = Terminal()
     terminal.start("fedray --dry-run: nothing was trained or written", rows, [*inspection.remarks, *plan.warnings()])
     terminal.finish([])

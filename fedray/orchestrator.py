@@ -24,14 +24,14 @@ from fedray.config import RunConfig
 from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, RunInterruptedError
 from fedray.evaluation import Evaluation
 from fedray.models import Loss
-from fedray.plan import Plan, UserParts, prepare
+from fedray.plan import Plan, UserParts
 from fedray.pool.pool import Pool, PoolInfo
 from fedray.privacy import accounting, mechanism
 from fedray.privacy.ledger import Ranges, ranges_of
 from fedray.privacy.levels import level_of
 from fedray.progress import Progress, Silent
 from fedray.publisher import Clock, Outcome, Publisher
-from fedray.session import Session, reopen, settings_of
+from fedray.session import Session, planned
 from fedray.streams import RoundKeys, mac, next_round_key
 from fedray.summary import closing_sentences, panel_rows
 from fedray.tracking import check_available, new_tracker
@@ -94,12 +94,7 @@ class Orchestrator:
         self._stack = ExitStack()  # holds the lock of a resumed directory until the run ends
         parts = UserParts(shards=gateways, test=test, model=model, loss=loss)
         try:
-            self._restored = None if config.resume is None else reopen(config.resume, self._stack)
-            if self._restored is None:
-                self.plan = prepare(config, parts)
-            else:
-                config, sigma = settings_of(self._restored, config, explicit)
-                self.plan = prepare(config, parts, self._restored.state.setup_key, sigma)
+            self.plan, self._restored = planned(config, parts, explicit, self._stack)
         except BaseException:
             self._stack.close()
             raise
@@ -263,7 +258,7 @@ class Orchestrator:
         plan.layout.load(plan.model, state.checkpoint.params)
         card = json.loads((path / "privacy.json").read_bytes())
         self._restored.files.forget_keys()  # a crash may have come before it
-        self._progress.finish([f"{path} is complete already; give --rounds N to add rounds to it."])
+        self._progress.finish([self._restored.already_complete()])
         self._stack.close()
         return Run(model=plan.model.eval(), history=tuple(state.history), privacy=card, path=path)
 

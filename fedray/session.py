@@ -17,7 +17,7 @@ from fedray import manifest, report
 from fedray.checkpoint import Checkpoint, Restored, RunDirectory
 from fedray.config import RunConfig, flag
 from fedray.errors import InputError
-from fedray.plan import Plan
+from fedray.plan import Plan, UserParts, prepare
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.ledger import GENESIS, Ledger
 from fedray.streams import commitment, extension_root, first_round_key
@@ -58,6 +58,52 @@ class Reopened:
     def is_complete(self, config: RunConfig) -> bool:
         """Tell whether nothing is left to do: no round, and no file of the finished run to write again."""
         return self.state.finished and not self.extends(config) and manifest.holds(self.files.path)
+
+    def check_goes_on(self, plan: Plan, macs: dict[int, str] | None) -> None:
+        """Check that the run can go on: its key was kept, and model and data are what it began with.
+
+        Args:
+            plan: Of the run that goes on.
+            macs: Of lazy shards; None when they were not loaded, and so cannot be compared.
+
+        Raises:
+            InputError: It cannot.
+        """
+        different = self.files.differences(plan.identity(macs or {}))
+        if macs is None:
+            different = [name for name in different if not name.startswith("shard ")]
+        if different:
+            raise InputError(
+                f"{', '.join(different[:5])} of {self.files.path} {'is' if len(different) == 1 else 'are'} not what the run "
+                "began with; a run goes on with the same model and data only: restore them."
+            )
+        if not self.state.finished and self.state.checkpoint.round_key is None:
+            raise InputError(f"{self.files.path} was run with --no-keep-key, so it cannot be resumed; start a new run.")
+
+    def already_complete(self) -> str:
+        """Say what can be done with a complete run."""
+        return f"{self.files.path} is complete already; give --rounds N to add rounds to it."
+
+
+def planned(
+    config: RunConfig, parts: UserParts, explicit: Collection[str] | None, stack: ExitStack
+) -> tuple[Plan, Reopened | None]:
+    """Return the plan of a new run, or of the one that --resume goes on with, and that run's directory.
+
+    Args:
+        config: What the caller asks for.
+        parts: What a Python caller brought.
+        explicit: See `settings_of`.
+        stack: Holds the lock of a resumed directory.
+
+    Raises:
+        InputError: The run cannot start or go on.
+    """
+    if config.resume is None:
+        return prepare(config, parts), None
+    reopened = reopen(config.resume, stack)
+    config, sigma = settings_of(reopened, config, explicit)
+    return prepare(config, parts, reopened.state.setup_key, sigma), reopened
 
 
 def reopen(path: Path, stack: ExitStack) -> Reopened:
@@ -192,12 +238,7 @@ class Session:
     @classmethod
     def _resumed(cls, plan: Plan, reopened: Reopened, info: PoolInfo, macs: dict[int, str]) -> Session:
         files, state, config = reopened.files, reopened.state, plan.config
-        different = files.differences(plan.identity(macs))
-        if different:
-            raise InputError(
-                f"{', '.join(different[:5])} of {files.path} {'is' if len(different) == 1 else 'are'} not what the run began "
-                "with; a run goes on with the same model and data only: restore them."
-            )
+        reopened.check_goes_on(plan, macs)
         last = state.checkpoint
         session = cls(
             files=files,
@@ -213,8 +254,6 @@ class Session:
         )
         if reopened.extends(config):
             session._extend(plan)
-        elif not state.finished and last.round_key is None:
-            raise InputError(f"{files.path} was run with --no-keep-key, so it cannot be resumed; start a new run.")
         elif not state.finished:
             files.reopen()  # a crash may have left what an earlier end wrote
         return session

@@ -76,6 +76,10 @@ def scaled(part: int) -> Any:
     return shards
 
 
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -91,10 +95,10 @@ def scaled(part: int) -> Any:
 )
 def test_resume_refuses_what_changed_by_name(stopped: Path, disk: Path, changes: dict[str, Any], named: str) -> None:
     shutil.copytree(stopped, disk / "run")
-    before = {file: file.read_bytes() for file in (disk / "run").rglob("*") if file.is_file()}
+    before = files_of(disk / "run")
     with pytest.raises(InputError, match=named):
         own(resume=disk / "run", **changes)
-    assert {file: file.read_bytes() for file in (disk / "run").rglob("*") if file.is_file()} == before
+    assert files_of(disk / "run") == before
 
 
 def test_resume_refuses_another_model(stopped: Path, disk: Path) -> None:
@@ -296,3 +300,42 @@ def test_interrupted_extension_goes_on(disk: Path, monkeypatch: pytest.MonkeyPat
     assert not (disk / "run" / "model.safetensors").exists()
     resume(disk / "run")
     assert outcome(disk / "run") == outcome(disk / "whole")
+
+
+def test_dry_run_plans_the_run_that_resume_goes_on_with(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = disk / "run"
+    assert in_child(cut_off_after_charge, run, 3, {"noise_multiplier": 2.5}) == -9
+    before = files_of(run)
+    assert main(["--dry-run", "--resume", str(run), "--pool", "inline"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("4 gateways, 3 rounds × 2 local steps; 1 are done", "sigma = 2.5,", "nothing was trained"):
+        assert words in printed
+    assert files_of(run) == before
+
+
+def test_dry_run_of_a_finished_run_says_so_or_plans_its_extension(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(finished)
+    assert main(["--dry-run", "--resume", str(finished)]) == 0
+    assert "is complete already" in capsys.readouterr().out
+    assert main(["--dry-run", "--resume", str(finished), "--rounds", "5", "--pool", "inline"]) == 0
+    assert "5 rounds × " in capsys.readouterr().out
+    assert files_of(finished) == before
+
+
+@pytest.mark.parametrize(("flags", "named"), [(["--lr", "0.5"], "--lr"), (["--rounds", "1"], "--rounds")])
+def test_dry_run_refuses_what_resume_refuses(
+    finished: Path, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--dry-run", "--resume", str(finished), *flags]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_dry_run_refuses_other_data_and_a_missing_directory(
+    stopped: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--dry-run", "--resume", str(disk / "none"), "--pool", "inline"]) == 2
+    assert "no run directory" in capsys.readouterr().err
+    assert main(["--dry-run", "--resume", str(stopped), "--pool", "inline"]) == 2  # its shards came from Python
+    assert "not what the run began with" in capsys.readouterr().err
