@@ -232,8 +232,11 @@ class RunDirectory:
         for old in _checkpoints(self.path / "checkpoint")[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
-    def restore(self) -> Restored:
-        """Read the newest good checkpoint and bring ledger, metrics and config to agree with it.
+    def restore(self, mend: bool = True) -> Restored:
+        """Read the newest good checkpoint.
+
+        Args:
+            mend: Bring ledger, metrics and config to agree with it.
 
         Raises:
             DamagedRunError: A file is missing or damaged beyond what the last two checkpoints can make good.
@@ -260,9 +263,8 @@ class RunDirectory:
                     f"{folder.name} counted; lines were changed or lost: restore the file."
                 )
             self._setup_commitment = description["setup_key_commitment"]
-            self._trim_metrics(description["metrics_size"])
-            if _bytes_of(self.path / "config.json") != _as_json(checkpoint.card):
-                self.write_json("config.json", checkpoint.card)
+            if mend:
+                self._mend(checkpoint, description["metrics_size"])
             return Restored(
                 checkpoint=checkpoint,
                 setup_key=setup_key,
@@ -317,7 +319,6 @@ class RunDirectory:
                 f"{self.ledger} has {len(ledger)} lines that do not continue the {noted['length']} that were written; "
                 "lines were changed or lost: restore the file."
             )
-        drop_torn_line(self.ledger)
         return ledger
 
     def _read_metrics(self, description: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -332,6 +333,12 @@ class RunDirectory:
             )
         self._metrics_hash, self._metrics_size = hashlib.sha256(raw), size
         return [json.loads(line) for line in raw.splitlines()]
+
+    def _mend(self, checkpoint: Checkpoint, metrics_size: int) -> None:
+        drop_torn_line(self.ledger)
+        self._trim_metrics(metrics_size)
+        if _bytes_of(self.path / "config.json") != _as_json(checkpoint.card):
+            self.write_json("config.json", checkpoint.card)
 
     def _trim_metrics(self, size: int) -> None:
         if self._metrics.stat().st_size > size:

@@ -101,13 +101,18 @@ def planned(
     """
     if config.resume is None:
         return prepare(config, parts), None
-    reopened = reopen(config.resume, stack)
+    reopened = reopen(config.resume, stack, mend=not config.dry_run)
     config, sigma = settings_of(reopened, config, explicit)
     return prepare(config, parts, reopened.state.setup_key, sigma), reopened
 
 
-def reopen(path: Path, stack: ExitStack) -> Reopened:
+def reopen(path: Path, stack: ExitStack, mend: bool = True) -> Reopened:
     """Lock a run directory (until `stack` closes) and read it back.
+
+    Args:
+        path: Of the directory.
+        stack: Holds the lock.
+        mend: Whether to remove what a crash left torn.
 
     Raises:
         InputError: It is no run directory, or in use.
@@ -115,7 +120,7 @@ def reopen(path: Path, stack: ExitStack) -> Reopened:
     """
     files = RunDirectory(path.absolute())
     stack.enter_context(files.lock())
-    return Reopened(files=files, state=files.restore())
+    return Reopened(files=files, state=files.restore(mend))
 
 
 def settings_of(
