@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ LAYERS = (  # an import never points to an earlier line
 PACKAGES = {"audit", "commands", "data", "pool", "privacy", "training"}  # whose own __init__ holds a docstring
 
 
+@functools.cache
 def _modules() -> dict[str, Path]:
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -57,6 +59,7 @@ def _modules() -> dict[str, Path]:
     }
 
 
+@functools.cache
 def _imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
