@@ -482,13 +482,18 @@ class StackedEmbedding(StackedLayer):
         return None
 
     def squared_norms(self) -> torch.Tensor:
-        """See `StackedLayer.squared_norms`; tokens that occur twice in a record add up."""
-        tokens, e = self.a.flatten(0, 1), self.e.flatten(0, 1).double()  # cancelling tokens need the digits
-        same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
-        squares: torch.Tensor = (
-            (torch.bmm(e, e.transpose(1, 2)) * same).sum((1, 2)).clamp_min_(0).view(self.a.shape[:2])
-        )
-        return squares
+        """See `StackedLayer.squared_norms`.
+
+        Tokens that occur twice in a record are added up first, for the norm and for the sum alike: gradients that cancel
+        would otherwise be small in the norm and large in what is added onto the noise.
+        """
+        if self.a.shape[2] > 1:
+            tokens = self.a.flatten(0, 1)
+            same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
+            first = ~same.tril(-1).any(2)
+            added = torch.bmm(same.double(), self.e.flatten(0, 1).double())  # cancelling tokens need the digits
+            self.e = torch.where(first.unsqueeze(2), added, 0.0).to(self.e.dtype).view_as(self.e)
+        return _squares(self.e)
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
         """See `StackedLayer.add_sums`."""

@@ -176,7 +176,7 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
             return
         if any(len(sample) != self.num_records for sample in used):  # clipping would not bound a record's share
             raise RuntimeError("a layer's first dimension is not the batch, so its gradients are not one a record")
-        per_param = [sample.flatten(1).norm(2, dim=1) for sample in used]
+        per_param = [torch.linalg.vector_norm(sample.flatten(1), dim=1, dtype=torch.float64) for sample in used]
         norms = torch.stack(per_param, dim=1).norm(2, dim=1)
         factors = clip_factors(norms, self.max_grad_norm)
         for p, sample in zip(self.params, samples, strict=True):

@@ -31,6 +31,7 @@ from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
 _FEWEST_TOGETHER = 8  # gateways
 _WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
+_NOT_THE_BATCH = "a layer's first dimension is not the batch, so its gradients are not one a record"
 _MATRICES = 4  # parameters, gradients, Adam's two moments
 
 
@@ -166,13 +167,24 @@ class StackedTrainer:
         return None
 
     def _add_gradients(self, gradient: torch.Tensor, batch: _Batch, scales: npt.NDArray[np.float64]) -> None:
-        """Add each gateway's gradient sum times its scale."""
+        """Set `gradient`, which is zero, to each gateway's gradient sum times its scale."""
         if not len(batch.y):
             return
         weights = batch.mask * torch.from_numpy(scales.astype(np.float32)).to(self._device).unsqueeze(1)
         self._losses_backward(batch, weights)
-        for layer in self._model.used_layers():
+        layers = self._model.used_layers()
+        if any(layer.a.shape[1] != batch.mask.shape[1] for layer in layers):  # gateways would mix
+            raise RuntimeError(_NOT_THE_BATCH)
+        for layer in layers:
             layer.add_sums(gradient, None)
+        padded = bool((batch.sizes < batch.mask.shape[1]).any())
+        # Padding repeats a record that was not drawn, which must count for nothing; but 0 · NaN is NaN. On a GPU, looking
+        # would cost more than selecting.
+        if padded and (self._device.type != "cpu" or not bool(torch.isfinite(gradient.sum()))):
+            gradient.zero_()
+            for layer in layers:
+                layer.select(batch.mask.bool())
+                layer.add_sums(gradient, None)
 
     def _add_clipped_records(self, gradient: torch.Tensor, batch: _Batch) -> None:
         """Add each gateway's sum of clipped record gradients (Abadi et al. 2016, Algorithm 1)."""
@@ -184,7 +196,7 @@ class StackedTrainer:
         if not squares:
             return
         if any(part.shape != batch.mask.shape for part in squares):  # clipping would not bound a record's share
-            raise RuntimeError("a layer's first dimension is not the batch, so its gradients are not one a record")
+            raise RuntimeError(_NOT_THE_BATCH)
         norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
         factors = clip_factors(norms, self._training.privacy.clip_norm).to(gradient.dtype)
         # On a GPU, looking would cost more than selecting.

@@ -102,7 +102,7 @@ class StackedModel:
         return layer
 
 
-def reason_against(model: nn.Module, x: torch.Tensor) -> str | None:  # noqa: PLR0911 - one return a reason
+def reason_against(model: nn.Module, x: torch.Tensor) -> str | None:
     """Say why a model cannot be stacked, or return None when it can.
 
     Besides the list of layers, the stacked model must give the original's outputs on a few records, and use no layer
@@ -118,8 +118,15 @@ def reason_against(model: nn.Module, x: torch.Tensor) -> str | None:  # noqa: PL
             return f"{name} shares its values with another layer"
         seen.add(id(parameter))
     plain = copy.deepcopy(model).train()
-    x = torch.cat([x, x])[:4]  # two gateways with the same weights must give what one model gives
-    x = torch.cat([x, x[: len(x) % 2]])
+    # Two gateways with the same weights must give what one model gives, for two batch sizes: a layer whose first
+    # dimension is something else may have the size of one of them.
+    reason = None
+    for num_records in (4, 6):
+        reason = reason or _reason_in_a_pass(model, plain, torch.cat([x] * 6)[:num_records])
+    return reason
+
+
+def _reason_in_a_pass(model: nn.Module, plain: nn.Module, x: torch.Tensor) -> str | None:  # noqa: PLR0911 - one return a reason
     try:
         stacked = StackedModel(model, torch.device("cpu"))
         flat = torch.from_numpy(Layout.of(model).flatten(model))

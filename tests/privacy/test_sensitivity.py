@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.privacy.clipping import clip_factors, clip_rows, clip_update
+from fedray.models import cross_entropy
+from fedray.params import Layout
+from fedray.privacy.clipping import clip_factors, clip_rows
 from fedray.privacy.mechanism import aggregate
-from fedray.privacy.noise import aggregate_noise
+from fedray.privacy.noise import LocalNoise, aggregate_noise
 from fedray.training.layers import Unsupported
+from fedray.training.stacked import StackedTrainer
 from tests.privacy import checks
 from tests.privacy.proofs import hard_shards, neighbours_differ_at_most
 from tests.privacy.worlds import (
@@ -114,11 +117,16 @@ def test_training_unobserved_is_the_same(engine: str, level: str) -> None:
     assert np.linalg.norm(observed - alone) <= 1e-5 * np.linalg.norm(alone)
 
 
-def test_record_outside_the_batch_changes_nothing(engine: str) -> None:
+@pytest.mark.parametrize("kind", ["linear", "rectified"])
+def test_record_outside_the_batch_changes_nothing(kind: str, engine: str) -> None:
     """A record that is not drawn has no influence at all: the amplification of the per-record claims rests on it.
 
-    Record 0 is where a padded batch may look; it overflows.
+    Record 0 is where a padded batch may look; it overflows, in the second model in the forward pass already.
     """
+    wide = nn.Sequential(nn.Linear(NUM_FEATURES, 6), nn.ReLU(), nn.Linear(6, NUM_OUTPUTS))
+    with torch.no_grad():
+        wide[0].weight.fill_(10.0)
+    model = model_of("linear") if kind == "linear" else wide
     for level in ("sample", "batch"):
         spec = spec_of(level, local_steps=40, sample_rate=0.2, batch_size=4)
         training = training_of(spec, loss=_soft_loss, lr=0.01)
@@ -126,8 +134,8 @@ def test_record_outside_the_batch_changes_nothing(engine: str) -> None:
         x = honest[1].x.clone()
         x[0] = 3e38
         poisoned = {**honest, 1: Shard(x=x, y=honest[1].y)}
-        first = observe(engine, model_of("linear"), training, honest, keys_of(13))
-        second = observe(engine, model_of("linear"), training, poisoned, keys_of(13), replay=first.steps)
+        first = observe(engine, model, training, honest, keys_of(13))
+        second = observe(engine, model, training, poisoned, keys_of(13), replay=first.steps)
         untouched = 0
         for where, one in first.steps.items():
             if where[0] != 1 or 0 not in one.release.batch:
@@ -135,6 +143,37 @@ def test_record_outside_the_batch_changes_nothing(engine: str) -> None:
                 checks.check_distance(one.release.clipped, other, 1e-5)
                 untouched += where[0] == 1
         assert untouched > 10
+
+
+class Difference(nn.Module):
+    """Scores the difference of two tokens' embeddings, much magnified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, NUM_OUTPUTS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        vectors = self.embed(x)
+        found: torch.Tensor = 1e9 * (vectors[:, 0] - vectors[:, 1])
+        return found
+
+
+def test_gradients_that_cancel_within_a_record_leave_the_noise_alone() -> None:
+    """The same token twice: its gradients are huge and cancel, so the record is as good as not there."""
+    spec = spec_of("sample", sample_rate=1.0, batch_size=2, local_steps=1)
+    training = training_of(spec, loss=cross_entropy)
+    y = torch.zeros(2, dtype=torch.int64)
+    model = Difference()
+
+    def update(*records: tuple[int, int]) -> np.ndarray:
+        shard = Shard(x=torch.tensor(records), y=y[: len(records)])
+        trainer = StackedTrainer(model, training, torch.device("cpu"))
+        return trainer.train(keys_of(1), Layout.of(model).flatten(model), [0], {0: shard})[0]
+
+    with_records = update((1, 1), (2, 2))
+    noise = np.empty((1, 3 * NUM_OUTPUTS), np.float32)
+    LocalNoise(spec, keys_of(1), [0]).fill(0, noise)
+    np.testing.assert_allclose(with_records, -training.lr * noise[0] / 2, atol=1e-6)
 
 
 def test_sample_release_of_a_sequence_moves_by_at_most_c(engine: str) -> None:
@@ -211,10 +250,16 @@ def test_clip_factors_leave_small_vectors_alone() -> None:
     np.testing.assert_allclose(clip_factors(norms, 2.0), [1, 1, 1, 0.5, 0, 0], rtol=2e-6)
 
 
-def test_clip_update_keeps_direction() -> None:
-    """A clipped update points where the update pointed."""
-    update = np.array([3.0, -4.0, 0.0], np.float32)
-    np.testing.assert_allclose(clip_update(update, 1.0), update / 5, rtol=1e-5)
+def test_clip_rows_keep_direction() -> None:
+    """A clipped row points where the row pointed."""
+    rows = torch.tensor([[3.0, -4.0, 0.0]])
+    np.testing.assert_allclose(clip_rows(rows, 1.0), rows / 5, rtol=1e-5)
+
+
+def test_clip_rows_bound_the_updates_of_large_models() -> None:
+    """Ten million coordinates: a norm that float32 adds up misses up to a hundredth of it."""
+    clipped = clip_rows(torch.full((1, 10**7), 0.1), 1.0)
+    assert np.linalg.norm(clipped[0].double().numpy()) <= 1 + 1e-5
 
 
 def test_hard_shards_cover_the_edge_cases() -> None:

@@ -403,6 +403,23 @@ def test_rows_that_pose_as_records_are_refused(engine: Engine) -> None:
         trainer.train(keys, Layout.of(model).flatten(model), [0, 1, 2], _shards((4, 6), tokens=False))
 
 
+class Placed(nn.Module):
+    """Adds an embedding of the position, whose indices have no batch dimension."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.place, self.head = nn.Embedding(positions, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head((x + self.place(torch.arange(x.shape[1]))).mean(1))
+        return found
+
+
+@pytest.mark.parametrize("positions", [2, 3, 4, 6])
+def test_reason_against_positions_that_are_as_many_as_the_records_it_tries(positions: int) -> None:
+    assert reason_against(Placed(positions), torch.randn(3, positions, 6)) is not None
+
+
 def test_stacked_failure_names_gateways_and_keeps_traceback() -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         raise ValueError("no luck")
