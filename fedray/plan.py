@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ from fedray.privacy.spec import PrivacySpec
 from fedray.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
+from fedray.user_code import code_digest
 
 _HIGH_EPSILON = 20.0
 _HIGH_NOISE_TO_SIGNAL = 10.0
@@ -82,7 +84,12 @@ class Plan:
             "lr": self.training.lr,
             "layout": self.layout.digest,
             "engine": self.setup.engine,
+            "code": self._code,
         }
+
+    @functools.cached_property
+    def _code(self) -> str:
+        return code_digest([self.training.loss, *self.model.modules()])
 
     def warnings(self) -> list[str]:
         """Return what the user should know before training; may take seconds when it has to calibrate."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from fedray.cli import main
 from fedray.loading import load_model
-from fedray.user_code import find_function, is_reference
+from fedray.user_code import code_digest, find_function, is_reference
 
 NUMPY = """
 import numpy as np
@@ -110,3 +115,51 @@ def test_find_function_takes_packages(here: Path) -> None:
 )
 def test_is_reference(name: str, expected: bool) -> None:
     assert is_reference(name) is expected
+
+
+def smoothed(amount: float) -> Callable[..., torch.Tensor]:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output, target, reduction="none", label_smoothing=amount)
+
+    return loss
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(2, 2), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return helped(self.layer(x)) * self.scale
+
+
+def helped(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x) * SLOPE
+
+
+SLOPE = 2.0
+
+
+def test_code_digest_sees_constants_closures_attributes_and_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[Any] = [
+        lambda x: x + 1,
+        lambda x: x + 2,
+        smoothed(0.1),
+        smoothed(0.2),
+        partial(F.cross_entropy, label_smoothing=0.1),
+        partial(F.cross_entropy, label_smoothing=0.2),
+        Scaled(2.0),
+        Scaled(3.0),
+    ]
+    found = [code_digest([part]) for part in parts]
+    monkeypatch.setitem(globals(), "SLOPE", 3.0)
+    found.append(code_digest([Scaled(2.0)]))
+    monkeypatch.setitem(globals(), "helped", F.gelu)
+    found.append(code_digest([Scaled(2.0)]))
+    assert len(set(found)) == len(found)
+
+
+def test_code_digest_is_the_same_in_every_process() -> None:
+    code = "from tests.test_user_code import *; print(code_digest([smoothed(0.1), Scaled(2.0), helped]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == code_digest([smoothed(0.1), Scaled(2.0), helped])

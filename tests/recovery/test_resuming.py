@@ -127,6 +127,25 @@ def test_resume_refuses_another_loss(stopped: Path, disk: Path) -> None:
         own(resume=disk / "run", loss=smoothed)
 
 
+# Alike but for a constant: by name they cannot be told apart.
+LOSSES: dict[str, Any] = {
+    "begun with": lambda o, t: nn.functional.cross_entropy(o, t, reduction="none", label_smoothing=0.1),
+    "gone on with": lambda o, t: nn.functional.cross_entropy(o, t, reduction="none", label_smoothing=0.2),
+}
+
+
+def stop_with_loss(run: Path, name: str) -> None:
+    stop_own(run, loss=LOSSES[name])
+
+
+@pytest.mark.parametrize(("name", "attempts"), [("begun with", [0, 0]), ("gone on with", [0, 0, 1])])
+def test_resume_with_other_code_draws_other_noise_and_charges_again(disk: Path, name: str, attempts: list[int]) -> None:
+    """Round 2 had been charged, and may have been released, when the run was killed."""
+    assert in_child(stop_with_loss, disk / "run", "begun with") == -9
+    own(resume=disk / "run", loss=LOSSES[name])
+    assert [entry["attempt"] for entry in lines(disk / "run" / "ledger.jsonl")] == attempts
+
+
 def test_resume_takes_the_same_parts(stopped: Path, disk: Path) -> None:
     shutil.copytree(stopped, disk / "run")
     run = own(resume=disk / "run")
