@@ -112,7 +112,8 @@ def explicit_fields(arguments: Sequence[str]) -> set[str]:
     """Return the names of the settings that arguments, or the TOML file they name, give a value to."""
     path = _file(arguments)
     given = [*([] if path is None else _file_arguments(path)), *arguments]
-    names = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in given}
+    flags = [argument for argument in given if argument.startswith("--")]  # a value may be called like a field
+    names = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in flags}
     return {field.name for field in fields(RunConfig)} & names
 
 

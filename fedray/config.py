@@ -103,6 +103,16 @@ class RunConfig:
         Raises:
             InputError: A value breaks a rule.
         """
+        for name in ("out", "resume"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+            elif not isinstance(value, Path | None):
+                raise InputError(f"{flag(name)} is {value!r}; it must be a path.")
+        for name in ("dataset", "model"):
+            if not isinstance(value := getattr(self, name), str):
+                raise InputError(
+                    f"{flag(name)} is {value!r}; it must be text, as on the command line: objects go to Orchestrator itself."
+                )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
             if value is not None and not _is_true(holds, value):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -466,6 +466,34 @@ def test_orchestrator_refuses_a_bad_lazy_shard_before_round_one(outdir: Path) ->
     with pytest.raises(InputError, match="shard of gateway 2: label -3 is out of range"):
         fedray.Orchestrator(_Lazy(bad=True), model=_four_scores, test=(X, Y), config=config).run()
     assert not outdir.exists()
+
+
+def _gone() -> Any:
+    raise FileNotFoundError(2, "No such file", "clinic-3.npy")
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("pool", ["inline", "ray"])
+@pytest.mark.parametrize("test", [(X, Y), None])
+def test_orchestrator_refuses_a_lazy_shard_that_does_not_load(outdir: Path, pool: Any, test: Any) -> None:
+    gateways = [fedray.Gateway(f"clinic-{i}", data=(X, Y) if test and i < 2 else _gone) for i in range(3)]
+    config = CONFIG.resolve(pool=pool, samples_per_gateway=64, out=outdir)
+    with pytest.raises(
+        InputError, match=r"clinic-[02] cannot be loaded \(FileNotFoundError: .*clinic-3.npy.*see to its files"
+    ):
+        fedray.Orchestrator(gateways, model=_four_scores, test=test, config=config).run()
+    assert not outdir.exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("out", 3), ("resume", 3), ("dataset", 3), ("model", nn.Identity)])
+def test_run_config_refuses_other_kinds_of_value(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"--{name} is .*; it must be"):
+        fedray.RunConfig(**{name: value})
+
+
+def test_run_config_takes_paths_as_text(tmp_path: Path) -> None:
+    assert fedray.RunConfig(out=str(tmp_path)) == fedray.RunConfig(out=tmp_path)  # type: ignore[arg-type]
+    assert fedray.RunConfig(resume=str(tmp_path)).resume == tmp_path  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedray.cli import main, parse
+from fedray.cli import explicit_fields, main, parse
 from fedray.config import RunConfig, flag
 
 SMALL = ["--gateways", "3", "--rounds", "2", "--samples-per-gateway", "128", "--local-steps", "2", "--pool", "inline"]
@@ -101,6 +101,12 @@ def test_parse_reads_a_file_of_settings(tmp_path: Path) -> None:
     file.write_text("gateways = 4\nlr = 1\nnoise-level = 'gateway'\nquiet = true\ndry_run = false\nout = '--odd'\n")
     found = parse(["--config", str(file)])
     assert found == RunConfig(gateways=4, lr=1.0, noise_level="gateway", quiet=True, out=Path("--odd"))
+
+
+def test_explicit_fields_are_flags_and_never_their_values() -> None:
+    assert explicit_fields(["--resume", "model", "--rounds=3", "--noise-level", "batch"]) == {
+        "resume", "rounds", "noise_level",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("first", [True, False])

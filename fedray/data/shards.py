@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.errors import InputError
+from fedray.errors import GatewayError, InputError
 from fedray.gateway import Gateway
 
 Array = npt.NDArray[Any]
@@ -171,6 +172,27 @@ class CutShards:
         return self.x[chosen], self.y[chosen]
 
 
+def load_pair(shards: Shards, gateway: int) -> tuple[Any, str]:
+    """Return what the user's code gives as a gateway's shard, unchecked, and what errors call it.
+
+    Raises:
+        GatewayError: It raised.
+    """
+    where = f"shard of gateway {gateway}"
+    try:
+        item = shards[gateway]
+        if isinstance(item, Gateway):
+            where = f"gateway {item.name}"
+            item = item.load()
+    except Exception as error:  # the user's code may raise anything
+        raise GatewayError(
+            f"{where} cannot be loaded ({type(error).__name__}: {error}); it must load wherever its gateway trains: see to "
+            "its files.",
+            traceback.format_exc(),
+        ) from error
+    return item, where
+
+
 class ShardCache:
     """Loads, checks and keeps the shards that an actor works on, up to a bound (least recently used go first).
 
@@ -192,13 +214,13 @@ class ShardCache:
 
         Raises:
             InputError: A lazily loaded shard breaks a rule.
+            GatewayError: The user's code could not load it.
         """
         if gateway in self._kept:
             self._kept.move_to_end(gateway)
             return self._kept[gateway]
-        item = self._shards[gateway]
-        where = f"gateway {item.name}" if isinstance(item, Gateway) else f"shard of gateway {gateway}"
-        x, y = as_arrays(item, where, class_labels=self._rules.num_classes is not None)
+        pair, where = load_pair(self._shards, gateway)
+        x, y = as_arrays(pair, where, class_labels=self._rules.num_classes is not None)
         self._rules.check(x, y, where)
         # Copies: the arrays may be read-only views of memory that other processes share.
         shard = Shard(x=torch.from_numpy(x.copy()), y=torch.from_numpy(y.copy()))

@@ -11,8 +11,8 @@ import numpy as np
 from fedray.config import RunConfig
 from fedray.data import digits, toy
 from fedray.data.partition import dirichlet_alpha, split
-from fedray.data.shards import Array, CutShards, Shards, as_arrays
-from fedray.errors import InputError
+from fedray.data.shards import Array, CutShards, Shards, as_arrays, load_pair
+from fedray.errors import GatewayError, InputError
 from fedray.gateway import Gateway
 from fedray.streams import numpy_generator
 from fedray.user_code import call, find_function, is_reference
@@ -112,7 +112,7 @@ def from_shards(
             "--samples-per-gateway."
         )
     if lazy:
-        example = test if test is not None else as_arrays(shards[0], f"{where}, shard 0", class_labels)
+        example = test if test is not None else _first(shards, f"{where}, shard 0", class_labels)
         return Federation(
             shards=shards,
             test=test,
@@ -134,6 +134,15 @@ def from_shards(
         lazy=False,
         disjoint=False,
     )
+
+
+def _first(shards: Shards, where: str, class_labels: bool) -> tuple[Array, Array]:
+    """Return the first of lazy shards, to try the model on."""
+    try:
+        pair, _ = load_pair(shards, 0)
+    except GatewayError as error:
+        raise InputError(error.message) from error
+    return as_arrays(pair, where, class_labels)
 
 
 def _cut(

@@ -105,11 +105,14 @@ class Worker:
         """Load and check shards before the first round; return their MACs under `key`.
 
         Raises:
-            InputError: A shard breaks a rule.
+            InputError: A shard breaks a rule or does not load.
         """
         found = {}
         for gateway in gateways:
-            shard = self._shards[gateway]
+            try:
+                shard = self._shards[gateway]
+            except GatewayError as error:
+                raise InputError(error.message) from error
             found[gateway] = shard_mac(key, shard.x.numpy(), shard.y.numpy())
         return found
 
