@@ -21,13 +21,14 @@ class EpsilonCurve:
     Args:
         plan: Of the run.
         done: Rounds that are finished already.
+        at_end: What the finished run will have been charged (default: what the plan charges).
     """
 
-    def __init__(self, plan: Plan, done: int = 0) -> None:
+    def __init__(self, plan: Plan, done: int = 0, at_end: Charges | None = None) -> None:
         self._plan = plan
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._futures: OrderedDict[Charges, Future[dict[Unit, float]]] = OrderedDict()
-        self._planned = self._thread.submit(accounting.guarantees, plan.spec, plan.charges)
+        self._planned = self._thread.submit(accounting.guarantees, plan.spec, at_end or plan.charges)
         self._warnings = self._thread.submit(plan.warnings)
         self._queued = done
 

@@ -13,8 +13,9 @@ from fedray.errors import InputError
 from fedray.plan import Plan, UserParts
 from fedray.pool.pool import Inspection
 from fedray.privacy import accounting
+from fedray.privacy.accounting import Charges
 from fedray.progress import Terminal
-from fedray.session import new_run_path, planned
+from fedray.session import Reopened, new_run_path, planned
 from fedray.summary import privacy_rows
 from fedray.user_code import is_reference
 
@@ -36,12 +37,13 @@ def dry_run(config: RunConfig, explicit: Collection[str]) -> None:
             return
         if reopened is not None:
             reopened.check_goes_on(plan, None if plan.federation.lazy else {})
-        _show(plan, 0 if reopened is None else reopened.state.checkpoint.round)
+        _show(plan, reopened)
 
 
-def _show(plan: Plan, done: int) -> None:
-    """Print the plan of a run of which some rounds are done."""
+def _show(plan: Plan, reopened: Reopened | None) -> None:
     config, pool = plan.config, plan.new_pool()
+    done = 0 if reopened is None else reopened.state.checkpoint.round
+    charges = plan.charges if reopened is None else reopened.charges_at_end(config)
     try:
         where = pool.describe()
         inspection = Inspection()
@@ -56,11 +58,21 @@ def _show(plan: Plan, done: int) -> None:
         ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps"
          + (f"; {done} are done" if done else "")),
         ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters"),
-        *privacy_rows(plan, accounting.guarantees(plan.spec, plan.charges)),
+        *privacy_rows(plan, accounting.guarantees(plan.spec, charges)),
+        *_stops(plan, charges),
     ]  # fmt: skip
     terminal = Terminal()
     terminal.start("fedray --dry-run: nothing was trained or written", rows, [*inspection.remarks, *plan.warnings()])
     terminal.finish([])
+
+
+def _stops(plan: Plan, charges: Charges) -> list[tuple[str, str]]:
+    """Return a row that says where --max-epsilon ends the run, if it does."""
+    limit, rounds = plan.config.max_epsilon, plan.config.rounds
+    if limit is None or accounting.first_epsilon(plan.spec, charges) <= limit:
+        return []
+    fit = accounting.affordable_rounds(plan.spec, limit, charges.rounds) - (charges.rounds - rounds)
+    return [("stops", f"before round {fit + 1} of {rounds}, which would pass --max-epsilon {limit:g}")]
 
 
 def _modules(config: RunConfig) -> list[str]:
@@ -71,17 +83,18 @@ def _modules(config: RunConfig) -> list[str]:
 
 @contextmanager
 def _marker(config: RunConfig) -> Iterator[Path]:
-    """Yield a file beside the future run directory, whose creation shows that this process can write there."""
-    path = (config.resume or new_run_path(config)).absolute()
+    """Yield a file beside the future run directory, or in the one to resume: its creation shows that it can be written."""
+    flag, path = ("--out", new_run_path(config)) if config.resume is None else ("--resume", config.resume / "any")
+    path = path.absolute()
     parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
     try:
-        handle, name = tempfile.mkstemp(prefix=".fedray-dry-run-", dir=parent)
+        handle, file = tempfile.mkstemp(prefix=".fedray-dry-run-", dir=parent)
     except OSError as error:
         raise InputError(
-            f"--out {path} cannot be created ({error}); name a directory that the driver's user may write to."
+            f"{flag}: files in {parent} cannot be created ({error}); name a directory that the driver's user may write to."
         ) from error
     os.close(handle)
     try:
-        yield Path(name)
+        yield Path(file)
     finally:
-        os.unlink(name)
+        os.unlink(file)

@@ -109,10 +109,12 @@ class Orchestrator:
             RunFailedError: The run could not go on; what was written stays readable.
             RunInterruptedError: Ctrl-C or SIGTERM; the round under way was abandoned.
         """
-        if self._restored is not None and self._restored.is_complete(self.plan.config):
+        restored = self._restored
+        if restored is not None and restored.is_complete(self.plan.config):
             return self._complete_already()
         pool, session = self.plan.new_pool(), None
-        curve = EpsilonCurve(self.plan, 0 if self._restored is None else self._restored.state.checkpoint.round)
+        done = () if restored is None else (restored.state.checkpoint.round, restored.charges_at_end(self.plan.config))
+        curve = EpsilonCurve(self.plan, *done)
         try:
             info = pool.start()
             macs = pool.load(self.plan.setup_key) if self.plan.federation.lazy else {}

@@ -19,6 +19,7 @@ from fedray.config import RunConfig, flag
 from fedray.errors import InputError
 from fedray.plan import Plan, UserParts, prepare
 from fedray.pool.pool import PoolInfo
+from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import GENESIS, Ledger
 from fedray.streams import commitment, extension_root, first_round_key
 
@@ -79,6 +80,12 @@ class Reopened:
             )
         if not self.state.finished and self.state.checkpoint.round_key is None:
             raise InputError(f"{self.files.path} was run with --no-keep-key, so it cannot be resumed; start a new run.")
+
+    def charges_at_end(self, config: RunConfig) -> Charges:
+        """Return what the finished run will have been charged, its repeated rounds included."""
+        done = self.state.checkpoint.round
+        charged, left = self.state.ledger.charges(through=done), config.rounds - done
+        return Charges(steps=charged.steps + left * config.local_steps, rounds=charged.rounds + left)
 
     def already_complete(self) -> str:
         """Say what can be done with a complete run."""

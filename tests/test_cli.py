@@ -146,6 +146,15 @@ def test_dry_run_calibrates_sigma_to_the_target(capsys: pytest.CaptureFixture[st
     assert 4.99 < float(shown[1]) <= 5.0
 
 
+def test_dry_run_says_where_the_budget_ends_the_run(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*SMALL, "--noise-level", "gateway", "--rounds", "5", "--max-epsilon", "10"]
+    assert main([*argv, "--dry-run"]) == 0
+    shown = re.search(r"stops: before round (\d) of 5, which would pass --max-epsilon 10", capsys.readouterr().out)
+    assert main([*argv, "--out", str(outdir)]) == 0
+    assert shown is not None
+    assert f"stopped before round {shown[1]} of 5" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_dry_run_prints_where_ray_would_place_gateways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -18,6 +18,7 @@ from torch import nn
 import fedray
 from fedray.cli import main
 from fedray.errors import InputError
+from fedray.report import format_epsilon
 from fedray.session import Session
 from tests.recovery.jobs import assert_true, in_child, lines, outcome, resume, train
 from tests.recovery.test_attempts import cut_off_after_charge
@@ -358,3 +359,16 @@ def test_dry_run_refuses_other_data_and_a_missing_directory(
     assert "no run directory" in capsys.readouterr().err
     assert main(["--dry-run", "--resume", str(stopped), "--pool", "inline"]) == 2  # its shards came from Python
     assert "not what the run began with" in capsys.readouterr().err
+
+
+def test_dry_run_counts_the_rounds_that_were_charged_twice(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounds 2 and 3 were charged before the kill, and again in other groups; two rounds more make seven charges."""
+    run = disk / "run"
+    assert in_child(cut_off_after_charge, run, 3, {}) == -9
+    resume(run, gateways_per_actor=1)
+    assert main(["--dry-run", "--resume", str(run), "--rounds", "5"]) == 0
+    shown = capsys.readouterr().out
+    card = resume(run, rounds=5, gateways_per_actor=1).privacy
+    assert len(lines(run / "ledger.jsonl")) == 7 + 1  # and the extension
+    for guarantee in card["guarantees"]:
+        assert f"epsilon {format_epsilon(guarantee['epsilon'])} per {guarantee['unit']}" in shown
