@@ -8,12 +8,13 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from fedray.errors import InputError
 
 _LIBRARIES = frozenset({"fedray", "numpy", "opacus", "ray", "torch", *sys.stdlib_module_names})
+_LONGEST = 10_000
 _PLAIN = (bool, int, float, str, list, tuple, types.FunctionType, types.MethodType, functools.partial)
 
 
@@ -75,40 +76,67 @@ def code_digest(parts: Iterable[Any]) -> str:
 def _described(value: Any, seen: dict[int, Any]) -> Any:  # noqa: PLR0911 - one return a kind
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
-    if isinstance(value, types.ModuleType):
-        return value.__name__
+    if isinstance(value, types.CodeType):
+        return [value.co_code, value.co_names, _contents(value.co_consts, seen)]
+    if isinstance(value, tuple | frozenset):  # equal constants may or may not be one object
+        return _contents(value, seen)
     if id(value) in seen:
         return "again"
     seen[id(value)] = value
-    if isinstance(value, list | tuple):
-        return [type(value).__name__, *(_described(item, seen) for item in value)]
-    if isinstance(value, frozenset | set):
-        return sorted(repr(_described(item, seen)) for item in value)
-    if isinstance(value, dict):
-        return [(_described(key, seen), _described(item, seen)) for key, item in value.items()]
-    if isinstance(value, types.CodeType):
-        return [value.co_code, value.co_names, [_described(constant, seen) for constant in value.co_consts]]
+    if isinstance(value, list | set | dict):
+        return _contents(value, seen)
     if isinstance(value, functools.partial):
         return ["partial", *(_described(part, seen) for part in (value.func, value.args, value.keywords))]
     if isinstance(value, types.MethodType):
         return [_described(part, seen) for part in (value.__func__, value.__self__)]
-    kind = value if isinstance(value, type | types.FunctionType) else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if name.partition(".")[0] in _LIBRARIES:
-        own: Any = [] if kind is value else _plain(value, seen)
-    elif isinstance(kind, types.FunctionType):
-        cells = [cell.cell_contents for cell in kind.__closure__ or () if cell != types.CellType()]
-        named = [kind.__globals__[word] for word in kind.__code__.co_names if word in kind.__globals__]
-        parts = (kind.__code__, kind.__defaults__, kind.__kwdefaults__, cells, named)
-        own = [_described(part, seen) for part in parts]
-    else:
-        methods = {word: item for word, item in vars(kind).items() if isinstance(item, types.FunctionType)}
-        own = [_described(methods, seen), [] if kind is value else _plain(value, seen)]
+    return _named(value, seen)
+
+
+def _is_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES
+
+
+def _contents(values: Collection[Any], seen: dict[int, Any]) -> Any:
+    kind = type(values).__name__
+    if len(values) > _LONGEST:
+        return [kind, len(values)]  # data rather than code
+    if isinstance(values, dict):
+        return [kind, *((_described(key, seen), _described(item, seen)) for key, item in values.items())]
+    found = [_described(value, seen) for value in values]
+    return [kind, *(sorted(map(repr, found)) if isinstance(values, set | frozenset) else found)]
+
+
+def _named(value: Any, seen: dict[int, Any]) -> Any:
+    """Describe a function, class, module or object by its name, and what is the user's own by its code as well."""
+    kind = value if hasattr(value, "__name__") else type(value)
+    name = f"{getattr(kind, '__module__', None)}.{getattr(kind, '__qualname__', kind.__name__)}"
+    own: list[Any] = [] if kind is value else [_plain(vars(value) if hasattr(value, "__dict__") else {}, seen)]
+    if _is_library(name):
+        return [name, own]
+    if isinstance(kind, types.FunctionType):
+        cells = tuple(cell.cell_contents for cell in kind.__closure__ or () if cell != types.CellType())
+        named: list[Any] = []
+        namespaces = [kind.__globals__]
+        for names in namespaces:  # grows: what is named through modules of the user's own counts as well
+            found = [names[word] for word in kind.__code__.co_names if word in names]
+            inner = [vars(f) for f in found if isinstance(f, types.ModuleType) and not _is_library(f.__name__)]
+            namespaces += [one for one in inner if not any(one is known for known in namespaces)]
+            named += found
+        parts = (kind.__code__, kind.__defaults__, kind.__kwdefaults__, cells, tuple(named))
+        own += [_described(part, seen) for part in parts]
+    elif isinstance(kind, type):
+        own += [_members(base, seen) for base in kind.__mro__]
     return [name, own]
 
 
-def _plain(value: Any, seen: dict[int, Any]) -> Any:
-    """Describe an object's attributes as far as they are plain values or functions."""
-    return _described(
-        {word: item for word, item in getattr(value, "__dict__", {}).items() if isinstance(item, _PLAIN)}, seen
-    )
+def _members(kind: type, seen: dict[int, Any]) -> Any:
+    """Describe the functions and plain values of a user's class."""
+    if _is_library(kind.__module__):
+        return kind.__qualname__
+    found = {word: getattr(item, "__func__", getattr(item, "fget", item)) for word, item in vars(kind).items()}
+    return _plain({w: f for w, f in found.items() if isinstance(f, types.FunctionType) or not w.startswith("__")}, seen)
+
+
+def _plain(values: Mapping[str, Any], seen: dict[int, Any]) -> Any:
+    """Describe those that are plain values or functions."""
+    return [(word, _described(item, seen)) for word, item in values.items() if isinstance(item, _PLAIN)]

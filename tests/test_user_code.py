@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import tests.test_models
 from fedray.cli import main
 from fedray.loading import load_model
 from fedray.user_code import code_digest, find_function, is_reference
@@ -133,11 +134,26 @@ class Scaled(nn.Module):
         return helped(self.layer(x)) * self.scale
 
 
+class Steeper(Scaled):
+    steepness = 2
+
+    def __init__(self) -> None:
+        super().__init__(2.0)
+
+    @staticmethod
+    def bent(x: torch.Tensor) -> torch.Tensor:
+        return x**2
+
+
 def helped(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x) * SLOPE
 
 
 SLOPE = 2.0
+
+
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    return tests.test_models.from_elsewhere(x)  # type: ignore[attr-defined]
 
 
 def test_code_digest_sees_constants_closures_attributes_and_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +170,26 @@ def test_code_digest_sees_constants_closures_attributes_and_helpers(monkeypatch:
     found = [code_digest([part]) for part in parts]
     monkeypatch.setitem(globals(), "SLOPE", 3.0)
     found.append(code_digest([Scaled(2.0)]))
+    monkeypatch.setitem(globals(), "helped", torch.tanh)
+    found.append(code_digest([Scaled(2.0)]))
     monkeypatch.setitem(globals(), "helped", F.gelu)
     found.append(code_digest([Scaled(2.0)]))
+    found.append(code_digest([elsewhere]))
+    monkeypatch.setattr(tests.test_models, "from_elsewhere", F.gelu, raising=False)
+    found.append(code_digest([elsewhere]))
+    found.append(code_digest([Steeper()]))
+    monkeypatch.setattr(Scaled, "forward", lambda self, x: x)  # inherited
+    found.append(code_digest([Steeper()]))
+    monkeypatch.setattr(Steeper, "bent", staticmethod(lambda x: x**3))
+    found.append(code_digest([Steeper()]))
+    monkeypatch.setattr(Steeper, "steepness", 3)
+    found.append(code_digest([Steeper()]))
     assert len(set(found)) == len(found)
+
+
+def test_code_digest_leaves_data_alone() -> None:
+    numbers = list(range(10**6))
+    assert code_digest([lambda: numbers]) == code_digest([lambda: numbers])
 
 
 def test_code_digest_is_the_same_in_every_process() -> None:
