@@ -117,7 +117,7 @@ def aggregate_noise_ignores_who_arrived(patch: Patch, engine: str) -> None:
 
 def no_clipping(patch: Patch, engine: str) -> None:
     """Every factor is 1 (non-finite vectors are still selected out)."""
-    replace_everywhere(patch, clipping.clip_factors, lambda norms, clip_norm: torch.isfinite(norms).to(norms.dtype))
+    replace_everywhere(patch, clipping.clip_factors, lambda norms, clip_norm: torch.isfinite(norms).float())
 
 
 def non_finite_let_through(patch: Patch, engine: str) -> None:
@@ -125,7 +125,7 @@ def non_finite_let_through(patch: Patch, engine: str) -> None:
     replace_everywhere(
         patch,
         clipping.clip_factors,
-        lambda norms, clip_norm: (clip_norm / norms).clamp(max=1.0),
+        lambda norms, clip_norm: (clip_norm / norms).clamp(max=1.0).float(),
     )
     replace_everywhere(patch, clipping.select_finite, lambda values, norms: values)
     for layer in (layers.StackedLayer, layers.StackedConv):
