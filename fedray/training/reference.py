@@ -27,7 +27,7 @@ from fedray.privacy.levels import level_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.streams import RoundKeys, forked_global_rng, torch_seed
-from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
+from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 
 class OpacusTrainer:
@@ -175,7 +175,7 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
                 p.summed_grad = torch.zeros_like(p)
             return
         if any(len(sample) != self.num_records for sample in used):  # clipping would not bound a record's share
-            raise RuntimeError("a layer's first dimension is not the batch, so its gradients are not one a record")
+            raise RuntimeError(NOT_THE_BATCH)
         per_param = [torch.linalg.vector_norm(sample.flatten(1), dim=1, dtype=torch.float64) for sample in used]
         norms = torch.stack(per_param, dim=1).norm(2, dim=1)
         factors = clip_factors(norms, self.max_grad_norm)

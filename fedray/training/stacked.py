@@ -26,12 +26,11 @@ from fedray.privacy.sampling import PoissonSampler
 from fedray.streams import RoundKeys
 from fedray.training.row_optimizers import new_row_optimizer
 from fedray.training.stacking import StackedModel
-from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
+from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
 _FEWEST_TOGETHER = 8  # gateways
 _WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
-_NOT_THE_BATCH = "a layer's first dimension is not the batch, so its gradients are not one a record"
 _MATRICES = 4  # parameters, gradients, Adam's two moments
 
 
@@ -174,7 +173,7 @@ class StackedTrainer:
         self._losses_backward(batch, weights)
         layers = self._model.used_layers()
         if any(layer.a.shape[1] != batch.mask.shape[1] for layer in layers):  # gateways would mix
-            raise RuntimeError(_NOT_THE_BATCH)
+            raise RuntimeError(NOT_THE_BATCH)
         for layer in layers:
             layer.add_sums(gradient, None)
         padded = bool((batch.sizes < batch.mask.shape[1]).any())
@@ -196,7 +195,7 @@ class StackedTrainer:
         if not squares:
             return
         if any(part.shape != batch.mask.shape for part in squares):  # clipping would not bound a record's share
-            raise RuntimeError(_NOT_THE_BATCH)
+            raise RuntimeError(NOT_THE_BATCH)
         norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
         factors = clip_factors(norms, self._training.privacy.clip_norm).to(gradient.dtype)
         # On a GPU, looking would cost more than selecting.

@@ -13,6 +13,7 @@ from fedray.params import Layout
 from fedray.streams import forked_global_rng
 from fedray.training.chain import Chain, altered
 from fedray.training.layers import DRAWING, KINDS, Slot, StackedLayer, Unsupported
+from fedray.training.trainer import NOT_THE_BATCH
 
 
 class StackedModel:
@@ -148,7 +149,7 @@ def _reason_in_a_pass(model: nn.Module, plain: nn.Module, x: torch.Tensor) -> st
     if not torch.equal(expected, again):
         return "its forward pass draws random numbers"
     if any(num_rows != len(x) // 2 for num_rows in rows):
-        return "a layer's first dimension is not the batch, so its gradients are not one a record"
+        return NOT_THE_BATCH
     if not all(torch.allclose(expected, output, rtol=1e-4, atol=1e-5) for output in outputs):
         return "its forward pass gives other outputs with stacked layers"
     return None

@@ -16,6 +16,7 @@ from fedray.privacy.spec import PrivacySpec
 from fedray.streams import RoundKeys
 
 Float32Array = npt.NDArray[np.float32]
+NOT_THE_BATCH = "a layer's first dimension is not the batch, so its gradients are not one a record"
 
 
 @dataclass(frozen=True, kw_only=True)
