@@ -126,6 +126,7 @@ def test_imports_training_does_not_know_pools() -> None:
 
 LIGHT = (
     *(
+        "privacy.composition",
         "privacy.accounting",
         "privacy.ledger",
         "privacy.levels",

@@ -258,10 +258,9 @@ class StackedTrainer:
     ) -> Iterator[_Batch]:
         sizes = np.array([[len(batch) for batch in batches] for batches in drawn])  # [G, S]
         width, num_gateways = int(sizes.max()), len(shards)
-        index = np.zeros((num_gateways, num_steps, width), np.int64)
-        for row, batches in enumerate(drawn):
-            for column, batch in enumerate(batches):
-                index[row, column, : len(batch)] = batch
+        present = np.arange(width) < sizes[:, :, None]  # [G, S, B]
+        index = np.zeros(present.shape, np.int64)
+        index[present] = np.concatenate([batch for batches in drawn for batch in batches])
         x0, y0 = shards[0].x, shards[0].y
         x = x0.new_empty((num_steps, num_gateways, width, *x0.shape[1:]))
         y = y0.new_empty((num_steps, num_gateways, width, *y0.shape[1:]))
@@ -270,8 +269,7 @@ class StackedTrainer:
             x[:, row] = shard.x.index_select(0, chosen).view(num_steps, width, *x0.shape[1:])
             y[:, row] = shard.y.index_select(0, chosen).view(num_steps, width, *y0.shape[1:])
         x, y = x.to(self._device), y.to(self._device)
-        present = (np.arange(width) < sizes.T[:, :, None]).astype(np.float32)  # [S, G, B]
-        masks = torch.from_numpy(present).to(self._device)
+        masks = torch.from_numpy(present.swapaxes(0, 1).astype(np.float32, order="C")).to(self._device)  # [S, G, B]
         for step, needed in enumerate(sizes.max(0).tolist()):
             yield _Batch(
                 x=x[step, :, :needed].flatten(0, 1),
