@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import RESULTS, findings, gate, machine, picture, report, runs, startup
+from suite import RESULTS, accountant, findings, gate, machine, picture, report, runs, startup
 from suite.cases import Case, cases, job
 from suite.findings import Findings
 from suite.systems import TRANSFER, Result, RunFailed
@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 
 def measure(chosen: Sequence[Case], repeats: int, quick: bool, folder: Path) -> Findings:
-    """Run everything: the gate, then cases, start to exit and transfer.
+    """Run everything: the gate, then cases, start to exit, transfer and the accountant.
 
     Raises:
         NotEqual: the systems did different work.
@@ -52,7 +52,11 @@ def measure(chosen: Sequence[Case], repeats: int, quick: bool, folder: Path) -> 
     if not quick:
         say("start to exit")
     start = startup.measure(0 if quick else repeats, folder, say)
-    return Findings(gate=tuple(checks), cases=measured, start=start, transfer=_transfer(folder))
+    transfer = _transfer(folder)
+    say("accountant")
+    return Findings(
+        gate=tuple(checks), cases=measured, start=start, transfer=transfer, accountant=tuple(accountant.measure())
+    )
 
 
 def _transfer(folder: Path) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from suite.accountant import Evaluation
 from suite.cases import DOCUMENTED, MOST_GATEWAYS
 from suite.gate import Check
 from suite.runs import Measured
@@ -14,12 +15,13 @@ from suite.systems import Result
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that was measured: the gate, cases by key, start to exit, and transfer."""
+    """All that was measured: the gate, cases by key, start to exit, transfer, and the accountant."""
 
     gate: tuple[Check, ...]
     cases: dict[str, dict[str, Measured]]
     start: StartToExit
     transfer: Result
+    accountant: tuple[Evaluation, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,8 @@ def markdown(found: Findings, cases: Sequence[Case], config: dict[str, Any], ste
         _start_table(found),
         "## Broadcast and gather alone",
         _transfer_sentence(found),
+        "## Epsilon after one more round",
+        _accountant_table(found),
         "## Acceptance",
         acceptance_table(bars(found)),
     ]
@@ -108,6 +110,14 @@ def _transfer_sentence(found: Findings) -> str:
     )
 
 
+def _accountant_table(found: Findings) -> str:
+    rows = [
+        (f"{one.rounds:,}", f"{one.fedray_ms:.1f}", f"{one.library_ms:.1f}", f"{one.library_ms / one.fedray_ms:.1f}×")
+        for one in found.accountant
+    ]
+    return markdown_table(("rounds", "fedray, CPU ms", "dp-accounting, CPU ms", "ratio"), rows)
+
+
 def acceptance_table(lines: Sequence[Bar]) -> str:
     """Return each bar of the issue with what was measured."""
     rows = []
@@ -135,6 +145,7 @@ def as_json(found: Findings, cases: Sequence[Case], config: dict[str, Any]) -> d
         "cases": {case.key: _case_json(found, case) for case in cases},
         "start_to_exit": found.start.as_dict(),
         "transfer": found.transfer,
+        "accountant": [one.as_dict() for one in found.accountant],
         "acceptance": [line.as_dict() for line in bars(found)],
     }
 
