@@ -16,7 +16,7 @@ _AHEAD = 64  # rounds
 
 
 class EpsilonCurve:
-    """Evaluates the accountant on a thread of its own (one evaluation takes some 30 ms, its import over a second).
+    """Evaluates the accountant on a thread of its own (its import takes over a second).
 
     Args:
         plan: Of the run.

@@ -147,6 +147,15 @@ def test_composed_loss_equals_the_librarys(seed: int) -> None:
     assert accounting.epsilon_of(event, count, delta) == pytest.approx(library, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("delta", [1e-3, 1e-8, 1e-12, 1e-14, 1.1e-15])
+@pytest.mark.parametrize(("sigma", "count"), [(1.0, 1), (4.0, 50), (20.0, 2000)])
+def test_composed_loss_is_true_down_to_the_smallest_delta(sigma: float, count: int, delta: float) -> None:
+    """Where nothing is sampled the exact answer is known: never below it, and within 0.1 % (the library is off by more)."""
+    loss = ComposedLoss(accounting.one_event_distribution(step_event(sigma, 1.0))._pmf_remove)
+    exact = books.gdp_epsilon(math.sqrt(count) / sigma, delta)
+    assert exact * (1 - 1e-9) <= loss.epsilon(count, delta) <= exact * 1.001
+
+
 def test_composed_loss_is_the_larger_of_both_directions() -> None:
     """Neither adding nor removing a record costs more than what is said, and one of them costs that much."""
     distribution = accounting.one_event_distribution(step_event(0.7, 0.3))
