@@ -26,7 +26,7 @@ class Evaluation:
 
     rounds: int
     fedray_ms: float
-    library_ms: float
+    dp_accounting_ms: float
     relative_difference: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,6 +64,6 @@ def _measure(event: Event, distribution: Any, rounds: int, steps: int) -> Evalua
     return Evaluation(
         rounds=rounds,
         fedray_ms=1000 * statistics.median(ours),
-        library_ms=1000 * statistics.median(library),
+        dp_accounting_ms=1000 * statistics.median(library),
         relative_difference=difference,
     )

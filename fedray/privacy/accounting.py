@@ -119,9 +119,8 @@ def _grid(noise_multiplier: float, rate: float) -> float:
     """Return the grid of a PLD: a twentieth of one step's standard deviation, at most 4e-3 (1e-3 for sigma below 0.5).
 
     The connect-the-dots estimate is pessimistic on any grid; this one keeps its error below 0.1 % and is up to ten times
-    faster than the library's default for typical settings, and closer for small rates. Rounds of small models take as long
-    as an evaluation, so a grid finer than needed would slow them down. The number of grid points is bounded, so huge losses
-    have a coarser grid: without that, sigma = 0.02 takes 4 GB and a minute.
+    faster than the library's default for typical settings, and closer for small rates. The number of grid points is
+    bounded, so huge losses have a coarser grid: without that, sigma = 0.02 takes 4 GB and a minute.
     """
     spread = rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 50.0)))
     largest = noise_multiplier**-2 / 2 + 10 / noise_multiplier  # the loss ten standard deviations out, unsampled

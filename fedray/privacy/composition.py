@@ -1,10 +1,10 @@
 """The privacy loss of many equal events: dp-accounting's distribution of one event, composed with itself.
 
-A run asks for epsilon after every round, and a round of a small model is over before the library has composed once. Here
-what does not depend on the count, the moments, is computed once. The method is the library's, a Fourier transform over a
-range that Chernoff bounds give (Koskela et al. 2020; Doroshenko et al. 2022), but of the distribution tilted towards the
-losses that decide at delta: the transform's rounding, some 1e-16, is then relative to delta, where the library's is
-absolute and drowns a delta below 1e-12.
+A run asks for epsilon after every round, on the cores that train, and rounds of a small model take little longer than one
+composition by the library. Here what does not depend on the count, the moments, is computed once. The method is the
+library's, a Fourier transform over a range that Chernoff bounds give (Koskela et al. 2020; Doroshenko et al. 2022), but of
+the distribution tilted towards the losses that decide at delta: the transform's rounding, some 1e-16, is then relative to
+delta, where the library's is absolute and drowns a delta below 1e-12.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Chain:
 def _loss_gradient(loss: Loss, output: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
     """Return the gradient of sum(weights · losses) at the outputs; None when the loss does not depend on them."""
     if loss is cross_entropy and output.dim() == 2 and y.dim() == 1 and y.dtype == torch.int64:
-        # The default loss at class indices, whose gradient autograd takes four times as long to find.
+        # The default loss at class indices, whose gradient autograd takes longer to find.
         log_p = torch.log_softmax(output, 1)
         of_log_p = torch.zeros_like(log_p).scatter_(1, y.unsqueeze(1), -weights.unsqueeze(1))
         found: torch.Tensor = torch.ops.aten._log_softmax_backward_data.default(of_log_p, log_p, 1, log_p.dtype)
