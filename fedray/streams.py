@@ -22,6 +22,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ KEY_BYTES = 32
 PAIRS_PER_BLOCK = 65536
 _BYTES_PER_PAIR = 12  # 8 for the radius, then 4 for the angle
 _SMALLEST_UNIFORM = 2.0**-64  # for the word 0, half the smallest other word: radius 9.42
+_SHAPES_KEPT = 8  # of blocks, whose views are made once
 _ZEROS = memoryview(bytes(PAIRS_PER_BLOCK * _BYTES_PER_PAIR))
 
 Float32Array = npt.NDArray[np.float32]
@@ -222,38 +224,67 @@ def fill_normals(streams: Sequence[Stream], step: int, out: Float32Array, std: f
 def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> None:
     rows, size = out.shape
     pairs = (size + 1) // 2
-    words, radius, angle = _SCRATCH.of(rows, pairs)
-    for stream, row in zip(streams, words, strict=True):
-        stream.fill_bytes(row[: pairs * _BYTES_PER_PAIR])
-    radius_words, angle_words = words[:, : 8 * pairs].view(np.int64), words[:, 8 * pairs : 12 * pairs].view(np.int32)
+    work = _SCRATCH.of(rows, pairs)
+    for stream, row in zip(streams, work.keystream, strict=True):
+        stream.fill_bytes(row)
+    radius, angle = work.radius, work.angle
     # The magnitude of a signed word over 2^63 is uniform on [0, 1].
-    radius.copy_(torch.from_numpy(radius_words)).abs_().mul_(2.0**-63).clamp_min_(_SMALLEST_UNIFORM)
+    radius.copy_(work.radius_words).abs_().mul_(2.0**-63).clamp_min_(_SMALLEST_UNIFORM)
     radius.log_().mul_(-2.0).sqrt_().mul_(std)
-    angle.copy_(torch.from_numpy(angle_words)).mul_(math.pi * 2.0**-31)
+    angle.copy_(work.angle_words).mul_(math.pi * 2.0**-31)
     target = torch.from_numpy(out)
     cosine, sine = target[:, :pairs], target[:, pairs:]
     torch.cos(angle, out=cosine)
     cosine.mul_(radius)
-    torch.sin(angle[:, : size - pairs], out=sine)
-    sine.mul_(radius[:, : size - pairs])
+    if size % 2:  # the last pair gives one normal
+        radius, angle = radius[:, :-1], angle[:, :-1]
+    torch.sin(angle, out=sine)
+    sine.mul_(radius)
+
+
+class _Work(NamedTuple):
+    """Working memory for a block of some shape; `keystream` holds the bytes of a row each, the words view them."""
+
+    keystream: list[npt.NDArray[np.uint8]]
+    radius_words: torch.Tensor
+    angle_words: torch.Tensor
+    radius: torch.Tensor
+    angle: torch.Tensor
 
 
 class _Scratch(threading.local):
-    """One thread's working memory for a block (allocating it anew for each block would halve the speed)."""
+    """One thread's working memory for blocks (allocating it anew for each block would halve the speed)."""
 
     def __init__(self) -> None:
         self._words = np.empty(0, np.uint8)
         self._radius, self._angle = torch.empty(0), torch.empty(0)
+        self._known: dict[tuple[int, int], _Work] = {}
 
-    def of(self, rows: int, pairs: int) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor]:
-        """Return keystream bytes (rows on 16-byte boundaries), radii and angles; their contents are undefined."""
-        width, size = -(-pairs * _BYTES_PER_PAIR // 16) * 16, rows * pairs
+    def of(self, rows: int, pairs: int) -> _Work:
+        """Return memory for `rows` rows of `pairs` pairs; its contents are undefined."""
+        work = self._known.get((rows, pairs))
+        if work is None:
+            if len(self._known) >= _SHAPES_KEPT:
+                self._known.clear()
+            work = self._known[rows, pairs] = self._views(rows, pairs)
+        return work
+
+    def _views(self, rows: int, pairs: int) -> _Work:
+        used, size = pairs * _BYTES_PER_PAIR, rows * pairs
+        width = -(-used // 16) * 16  # rows on 16-byte boundaries
         if rows * width > self._words.size or size > len(self._radius):
             self._words = np.empty(max(rows * width, self._words.size), np.uint8)
             self._radius = torch.empty(max(size, len(self._radius)))
             self._angle = torch.empty_like(self._radius)
+            self._known.clear()  # views of the memory before
         words = self._words[: rows * width].reshape(rows, width)
-        return words, self._radius[:size].view(rows, pairs), self._angle[:size].view(rows, pairs)
+        return _Work(
+            keystream=[row[:used] for row in words],
+            radius_words=torch.from_numpy(words[:, : 8 * pairs].view(np.int64)),
+            angle_words=torch.from_numpy(words[:, 8 * pairs : used].view(np.int32)),
+            radius=self._radius[:size].view(rows, pairs),
+            angle=self._angle[:size].view(rows, pairs),
+        )
 
 
 _SCRATCH = _Scratch()

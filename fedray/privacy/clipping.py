@@ -29,7 +29,7 @@ def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
         A zero norm gives factor 1. A norm that is NaN, infinite or above 1e18 gives factor 0: whoever multiplies must
         select the vector out as well (0 · NaN is NaN), see `select_finite`.
     """
-    factors = (clip_norm * (1.0 - _MARGIN) / norms).clamp_(max=1.0)
+    factors = norms.reciprocal().mul_(clip_norm * (1.0 - _MARGIN)).clamp_(max=1.0)
     return torch.where(usable(norms), factors, 0.0).to(torch.float32)
 
 

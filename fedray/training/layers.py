@@ -124,7 +124,7 @@ class StackedLayer(nn.Module):
 
     def grouped(self, flat: torch.Tensor) -> torch.Tensor:
         """Return `[G·B, …]` as `[G, B, …]`."""
-        return _unflatten(flat, 0, self._gateways, -1)
+        return flat.view(self._gateways, -1, *flat.shape[1:])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the layer on the flat batch."""
@@ -179,15 +179,12 @@ class _Affine(StackedLayer):
 
     gradients: torch.Tensor | None = None
 
-    def rows_forward(self, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return a Wᵀ + b for a `[G, B(, T), in]`, keeping a."""
+    def rows_forward(self, a: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return a Wᵀ + b for a `[G, B(, T), in]`, Wᵀ `[G, in, out]` and b `[G, 1, out]`, keeping a."""
         self.a = a
-        flat = a if a.dim() == 3 else a.flatten(1, -2)
-        if bias is None:
-            out = torch.bmm(flat, weight.transpose(1, 2))
-        else:
-            out = torch.baddbmm(bias.unsqueeze(1), flat, weight.transpose(1, 2))
-        return out.view(*a.shape[:-1], weight.shape[1])
+        rows = a if a.dim() == 3 else a.flatten(1, -2)
+        out = torch.bmm(rows, columns) if bias is None else torch.baddbmm(bias, rows, columns)
+        return out.view(*a.shape[:-1], -1)
 
     def rows_backward(self, e: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return e W `[G, B(, T), in]`."""
@@ -249,17 +246,26 @@ class _Affine(StackedLayer):
 class StackedLinear(_Affine):
     """nn.Linear, with or without a sequence dimension."""
 
+    def bind(self, params: torch.Tensor, anchor: torch.Tensor) -> None:
+        """See `StackedLayer.bind`."""
+        super().bind(params, anchor)
+        bias = self.value("bias")
+        self._columns = self._values["weight"].transpose(1, 2)
+        self._bias = None if bias is None else bias.unsqueeze(1)
+
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """See `StackedLayer.compute`."""
-        weight = self._values["weight"]
         a = self.grouped(x)
         if a.dim() > 4:
             a = a.flatten(2, -2)
-        out = self.rows_forward(a, weight, self.value("bias"))
-        return out.view(*x.shape[:-1], weight.shape[1])
+        out = self.rows_forward(a, self._columns, self._bias)
+        return out.view(*x.shape[:-1], -1)
 
     def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """See `StackedLayer.catch`."""
+        if self.a.dim() == 3:
+            self.e = self.grouped(e)
+            return torch.bmm(self.e, self._values["weight"]) if input_needed else None
         self.e = e.reshape(*self.a.shape[:-1], e.shape[-1])
         return self.rows_backward(self.e, self._values["weight"]) if input_needed else None
 
@@ -271,7 +277,7 @@ class StackedLinear(_Affine):
         targets = self.targets(out)
         weighted = _weighted(self.e, factors)
         if self.has("weight"):
-            targets["weight"].baddbmm_(weighted.transpose(1, 2), self.a)
+            targets["weight"].add_(torch.bmm(weighted.transpose(1, 2), self.a))
         if self.has("bias"):
             targets["bias"].add_(weighted.sum(1))
 
@@ -337,7 +343,8 @@ class StackedConv(_Affine):
         bias = self._values.get("bias")
         if bias is not None and self._groups > 1:
             bias = _unflatten(bias, 1, self._groups, -1).flatten(0, 1)
-        out = self._join(self.rows_forward(a, self._matrix(), bias))
+        bias = None if bias is None else bias.unsqueeze(1)
+        out = self._join(self.rows_forward(a, self._matrix().transpose(1, 2), bias))
         image_out = out.reshape(n, oh, ow, -1).permute(0, 3, 1, 2)
         return image_out.squeeze(2) if self._one_dimensional else image_out
 

@@ -257,24 +257,25 @@ class StackedTrainer:
         self, drawn: Sequence[Sequence[npt.NDArray[np.int64]]], shards: Sequence[Shard], num_steps: int
     ) -> Iterator[_Batch]:
         sizes = np.array([[len(batch) for batch in batches] for batches in drawn])  # [G, S]
-        width, num_gateways = int(sizes.max()), len(shards)
-        present = np.arange(width) < sizes[:, :, None]  # [G, S, B]
+        widths = sizes.max(0)
+        ends = np.cumsum(widths)
+        steps, columns = np.repeat(np.arange(num_steps), widths), np.arange(ends[-1])
+        present = columns - (ends - widths)[steps] < sizes[:, steps]  # [G, W]: the steps' columns side by side
         index = np.zeros(present.shape, np.int64)
         index[present] = np.concatenate([batch for batches in drawn for batch in batches])
-        x0, y0 = shards[0].x, shards[0].y
-        x = x0.new_empty((num_steps, num_gateways, width, *x0.shape[1:]))
-        y = y0.new_empty((num_steps, num_gateways, width, *y0.shape[1:]))
+        x, y = (first.new_empty((*present.shape, *first.shape[1:])) for first in (shards[0].x, shards[0].y))
         for row, shard in enumerate(shards):
-            chosen = torch.from_numpy(index[row].reshape(-1))
-            x[:, row] = shard.x.index_select(0, chosen).view(num_steps, width, *x0.shape[1:])
-            y[:, row] = shard.y.index_select(0, chosen).view(num_steps, width, *y0.shape[1:])
+            chosen = torch.from_numpy(index[row])
+            torch.index_select(shard.x, 0, chosen, out=x[row])
+            torch.index_select(shard.y, 0, chosen, out=y[row])
         x, y = x.to(self._device), y.to(self._device)
-        masks = torch.from_numpy(present.swapaxes(0, 1).astype(np.float32, order="C")).to(self._device)  # [S, G, B]
-        for step, needed in enumerate(sizes.max(0).tolist()):
+        masks = torch.from_numpy(present.astype(np.float32)).to(self._device)
+        for step, (end, width) in enumerate(zip(ends.tolist(), widths.tolist(), strict=True)):
+            own = slice(end - width, end)
             yield _Batch(
-                x=x[step, :, :needed].flatten(0, 1),
-                y=y[step, :, :needed].flatten(0, 1),
-                mask=masks[step, :, :needed].contiguous(),
+                x=x[:, own].flatten(0, 1),
+                y=y[:, own].flatten(0, 1),
+                mask=masks[:, own].contiguous(),
                 sizes=sizes[:, step],
                 indices=[batches[step] for batches in drawn],
             )

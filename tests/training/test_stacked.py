@@ -302,7 +302,7 @@ CHAINS: dict[str, Maker] = {
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("loss", [cross_entropy, _in_place_loss, _detached_loss])
 @pytest.mark.parametrize("name", CHAINS)
-def test_chain_catches_what_autograd_catches_bit_for_bit(name: str, loss: Loss, broken: bool) -> None:
+def test_chain_catches_what_autograd_catches(name: str, loss: Loss, broken: bool) -> None:
     model = StackedModel(CHAINS[name](), CPU)
     random = torch.Generator().manual_seed(2)
     model.bind(torch.randn(2, model.num_params, generator=random))
@@ -317,11 +317,13 @@ def test_chain_catches_what_autograd_catches_bit_for_bit(name: str, loss: Loss, 
     model.chain = None
     # The copy, as torch does not differentiate an activation whose output was changed in place.
     model.differentiate(lambda output, target: loss(output.clone(), target), kept, y, weights)
+    # Bit for bit, but for the closed form of the default loss' gradient.
+    rounding = 1e-6 if loss is cross_entropy else 0.0
     for layer, (a, e) in zip(model.layers, found, strict=True):
         torch.testing.assert_close(a, layer.a, rtol=0, atol=0, equal_nan=True)
         assert (e is None) == (layer.e is None)
         if e is not None:
-            torch.testing.assert_close(e, layer.e, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(e, layer.e, rtol=0, atol=rounding, equal_nan=True)
 
 
 def test_stacked_model_may_work_in_place() -> None:
@@ -332,7 +334,7 @@ def test_stacked_model_may_work_in_place() -> None:
         trainer = new_trainer("stacked", model, _training("sample"), CPU)
         keys = RoundKeys(round_key=bytes(range(32)), round_index=4)
         found.append(trainer.train(keys, Layout.of(model).flatten(model), [0, 1, 2], _shards((6,), tokens=False)))
-    np.testing.assert_array_equal(*found)
+    assert _distance(*found) <= 1e-6
 
 
 def _hooked() -> nn.Module:
