@@ -152,6 +152,7 @@ class Orchestrator:
                 clock.lap("charge")
                 pool.begin(keys, session.params, cohort)
                 clock.lap("broadcast")
+                session.note_ledger()  # the charge itself is on the disk already
                 publisher.flush()  # score, metrics and checkpoint of the round before, while gateways train
                 clock.lap("publish")
                 results = pool.collect()
@@ -189,7 +190,6 @@ class Orchestrator:
             inputs=inputs_digest(plan, session.params, info, charged),
             afford=lambda: curve.check_budget(session.ledger, index),
         )
-        session.note_ledger()
         if plan.spec.secret_participation:
             session.files.append_private({"round": index, "attempt": attempt, "cohort": list(map(int, cohort))})
         return RoundKeys(round_key=round_key, round_index=index, attempt=attempt)
