@@ -9,6 +9,7 @@ import torch
 
 _MARGIN = 1e-6
 LARGEST_NORM = 1e18  # the square of a larger one overflows float32
+_BLOCK = 128  # values whose squares are added in float32
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
@@ -49,6 +50,33 @@ def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return torch.where(keep, values, 0.0)
 
 
+def row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norms of float32 vectors to within 1e-5 of each, several times faster than in float64 throughout.
+
+    Args:
+        rows: `[…, P]`.
+
+    Returns:
+        `[…]`, float64: blocks of squares are added in float32, blocks in float64, so that the 10^8 coordinates of a
+        large model lose no digits.
+
+    Edge cases:
+        A norm above `LARGEST_NORM` may come out infinite. Values below 1e-22, whose squares float32 cannot hold, are lost;
+        10^8 of them have a squared norm of 1e-36, nothing beside the square of the smallest C, 1e-30.
+    """
+    whole = rows.shape[-1] // _BLOCK * _BLOCK
+    parts = [torch.linalg.vector_norm(_blocks(rows[..., :whole]), dim=-1)] if whole else []
+    if whole < rows.shape[-1] or not parts:
+        parts.append(torch.linalg.vector_norm(rows[..., whole:], dim=-1, keepdim=True))
+    norms: torch.Tensor = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, dtype=torch.float64)
+    return norms
+
+
+def _blocks(rows: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = rows.unflatten(-1, (-1, _BLOCK))  # type: ignore[no-untyped-call]  # torch lacks the annotation
+    return result
+
+
 def clip_rows(rows: torch.Tensor, clip_norm: float) -> torch.Tensor:
     """Clip each row of a matrix to L2 norm C; a row whose norm is not finite becomes zero.
 
@@ -59,6 +87,5 @@ def clip_rows(rows: torch.Tensor, clip_norm: float) -> torch.Tensor:
     Returns:
         `[n, P]`, each row of norm at most C·(1 + 1e-5).
     """
-    # float32 would lose too many digits over the 10^8 coordinates of a large model.
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    norms = row_norms(rows)
     return select_finite(rows, norms) * clip_factors(norms, clip_norm).unsqueeze(1)

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedray.privacy.clipping import row_norms
+
 
 class Unsupported(Exception):
     """A layer cannot be stacked; the message says which and why."""
@@ -168,9 +170,13 @@ def _weighted(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
 
 
 def _squares(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares over all but the first two dimensions, in float64: it must not under- or overflow."""
-    rows = values if values.dim() == 3 else values.flatten(2)
-    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64)
+    """Return the sum of squares of gradients over all but the first two dimensions, in float64."""
+    return row_norms(values if values.dim() == 3 else values.flatten(2)).square_()
+
+
+def _exact_squares(values: torch.Tensor) -> torch.Tensor:
+    """Return `_squares` of what is multiplied afterwards, where a tiny value times a huge one counts."""
+    norms: torch.Tensor = torch.linalg.vector_norm(values, dim=2, dtype=torch.float64)
     return norms.square_()
 
 
@@ -198,8 +204,8 @@ class _Affine(StackedLayer):
         whose norm is underestimated is not clipped.
         """
         if self.a.dim() == 3:
-            inputs = _squares(self.a) if self.has("weight") else torch.zeros((), dtype=torch.float64)
-            return _squares(self.e).mul_(inputs + 1 if self.has("bias") else inputs)
+            inputs = _exact_squares(self.a) if self.has("weight") else torch.zeros((), dtype=torch.float64)
+            return _exact_squares(self.e).mul_(inputs + 1 if self.has("bias") else inputs)
         squares = torch.zeros((), dtype=torch.float64, device=self.e.device)
         if self.has("weight"):
             e, a = self.e.flatten(0, 1), self.a.flatten(0, 1)

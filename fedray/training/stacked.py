@@ -29,7 +29,7 @@ from fedray.training.stacking import StackedModel
 from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
-_FEWEST_TOGETHER = 8  # gateways
+_FEWEST_TOGETHER = 4  # gateways whose parameters would fit the cache
 _WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
 _MATRICES = 4  # parameters, gradients, Adam's two moments
 
@@ -99,14 +99,13 @@ class StackedTrainer:
         return updates
 
     def _group_size(self, num_params: int, shard: Shard) -> int:
-        per_gateway = 4 * _MATRICES * num_params
+        per_gateway = matrices = 4 * _MATRICES * num_params
         # Inputs, outputs, their gradients and one temporary of each, for batches half as large again as expected.
         per_gateway += int(4 * 4 * 1.5 * self._training.privacy.batch_size * self._record_values(num_params, shard))
         size = self._memory_limit // per_gateway
-        if (
-            self._device.type == "cpu"
-        ):  # small enough for the cache, but not so small that the calls cost more than the work
-            size = min(size, max(_CACHE_BYTES // per_gateway, _FEWEST_TOGETHER))
+        if self._device.type == "cpu":
+            # Small enough for the cache, but not so small that the calls cost more than the work.
+            size = min(size, max(_CACHE_BYTES // per_gateway, _FEWEST_TOGETHER if matrices <= _CACHE_BYTES else 1))
         return max(1, size)
 
     def _record_values(self, num_params: int, shard: Shard) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -324,6 +325,22 @@ def test_chain_catches_what_autograd_catches(name: str, loss: Loss, broken: bool
         assert (e is None) == (layer.e is None)
         if e is not None:
             torch.testing.assert_close(e, layer.e, rtol=0, atol=rounding, equal_nan=True)
+
+
+def _faint_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output * 1e-24).sum(1)
+
+
+def test_clipping_holds_where_a_tiny_gradient_meets_a_huge_input() -> None:
+    """1e-24 · 1e18 is far above C here, though float32 cannot hold the square of the first."""
+    model, training = nn.Linear(6, CLASSES, bias=False), _training("sample")
+    training = replace(training, loss=_faint_loss, privacy=replace(training.privacy, clip_norm=1e-9, sample_rate=1.0))
+    shards, recorder = [Shard(x=torch.full((1, 6), 1e17), y=torch.zeros(1, dtype=torch.int64))], Recorder()
+    trainer = new_trainer("stacked", model, training, CPU)
+    trainer.observer = recorder
+    trainer.train(RoundKeys(round_key=bytes(32), round_index=1), Layout.of(model).flatten(model), [0], shards)
+    clipped = np.linalg.norm(recorder.releases[0, 0].clipped.astype(np.float64))
+    assert 0.99e-9 < clipped <= 1e-9 * (1 + 1e-5)
 
 
 def test_stacked_model_may_work_in_place() -> None:
