@@ -276,7 +276,10 @@ class StackedLinear(_Affine):
         return self.rows_backward(self.e, self._values["weight"]) if input_needed else None
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
-        """See `StackedLayer.add_sums`; without a sequence the products are added where they belong at once."""
+        """See `StackedLayer.add_sums`.
+
+        The products get memory of their own: torch would make those that go into rows of `out` one gateway at a time.
+        """
         if self.a.dim() != 3:
             super().add_sums(out, factors)
             return

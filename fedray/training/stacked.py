@@ -31,7 +31,7 @@ from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
 _FEWEST_TOGETHER = 4  # gateways whose parameters would fit the cache
 _WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
-_MATRICES = 4  # parameters, gradients, Adam's two moments
+_MATRICES = 5  # parameters, gradients, Adam's two moments, a layer's sums
 
 
 @dataclass(frozen=True, kw_only=True)
