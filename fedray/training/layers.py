@@ -194,7 +194,8 @@ class _Affine(StackedLayer):
 
     def rows_backward(self, e: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return e W `[G, B(, T), in]`."""
-        return torch.bmm(e.flatten(1, -2), weight).view(*e.shape[:-1], weight.shape[2])
+        rows = e if e.dim() == 3 else e.flatten(1, -2)
+        return torch.bmm(rows, weight).view(*e.shape[:-1], -1)
 
     def squared_norms(self) -> torch.Tensor:
         """See `StackedLayer.squared_norms`.
@@ -269,9 +270,6 @@ class StackedLinear(_Affine):
 
     def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """See `StackedLayer.catch`."""
-        if self.a.dim() == 3:
-            self.e = self.grouped(e)
-            return torch.bmm(self.e, self._values["weight"]) if input_needed else None
         self.e = e.reshape(*self.a.shape[:-1], e.shape[-1])
         return self.rows_backward(self.e, self._values["weight"]) if input_needed else None
 
