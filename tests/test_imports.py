@@ -157,12 +157,22 @@ def test_import_training_does_without_ray() -> None:
     assert "ray" not in _loaded_by("fedray.training.reference")
 
 
+def test_training_by_autograd_does_without_sympy(outdir: Path) -> None:
+    """Autograd imports it when it is asked for the gradient of several values: a third of a second in every actor."""
+    options = ["--dataset", "digits", "--model", "cnn", "--pool", "inline", "--gateways", "2", "--rounds", "1"]
+    options += ["--local-steps", "1", "--quiet", "--out", str(outdir)]
+    loaded = _loaded_by("fedray.cli", after=f"fedray.cli.main({options})")
+    assert "torch" in loaded
+    assert "sympy" not in loaded
+
+
 def test_import_fedray_does_without_torch() -> None:
     assert not _loaded_by("fedray") & {"torch", "ray", "numpy"}
 
 
-def _loaded_by(*modules: str) -> set[str]:
-    code = f"import sys, {', '.join(modules)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+def _loaded_by(*modules: str, after: str = "") -> set[str]:
+    show = "print(*{name.partition('.')[0] for name in sys.modules})"
+    code = f"import sys, {', '.join(modules)}\n{after}\n{show}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 

@@ -11,7 +11,7 @@ from torch import nn
 from fedray.models import Loss
 from fedray.params import Layout
 from fedray.streams import forked_global_rng
-from fedray.training.chain import Chain, altered
+from fedray.training.chain import Chain, altered, weighted
 from fedray.training.layers import DRAWING, KINDS, Slot, StackedLayer, Unsupported
 from fedray.training.trainer import NOT_THE_BATCH
 
@@ -60,8 +60,8 @@ class StackedModel:
         """
         if self.chain is None:
             with torch.enable_grad():
-                losses = loss(self.forward(x), y)
-            torch.autograd.grad(losses, self._anchor, grad_outputs=weights, allow_unused=True)
+                total = weighted(loss(self.forward(x), y), weights)
+            torch.autograd.grad(total, self._anchor, allow_unused=True)
             return
         for layer in self.layers:
             layer.forget()
