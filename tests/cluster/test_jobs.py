@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,10 +80,21 @@ class Head:
         options = ["--submission-id", name, "--working-dir", "."]
         return self.job("submit", *options, "--", "python", "-m", "fedray", *arguments, cwd=cwd)
 
-    def logs(self, name: str, cwd: Path) -> str:
-        """Return what `ray job logs` prints, but for the coloured lines of the command itself."""
-        printed = self.job("logs", name, cwd=cwd).stdout
-        return "".join(line for line in printed.splitlines(keepends=True) if " cli.py:" not in line)
+    def ask(self, path: str) -> dict[str, Any]:
+        """Ask the dashboard about a job, as `ray job status` and `ray job logs` do, which take seconds to start."""
+        request = urllib.request.Request(f"{self.url}/api/jobs/{path}")
+        request.add_header("Authorization", f"Bearer {os.environ['RAY_AUTH_TOKEN']}")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            told: dict[str, Any] = json.load(answer)
+        return told
+
+    def logs(self, name: str) -> str:
+        """Return what a job has printed."""
+        return str(self.ask(f"{name}/logs")["logs"])
+
+    def wait(self, name: str, status: str) -> None:
+        """Wait until a job has come to this end."""
+        _wait(lambda: bool(self.ask(name)["status"] == status), f"job {name} is {status}", 180)
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +116,21 @@ def head() -> Iterator[Head]:
     )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait(lambda: _answers(url), "the dashboard answers", 90)
-        yield Head(url)
+        found = Head(url)
+        _wait(lambda: _answers(found), "the dashboard answers", 90)
+        yield found
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _answers(url: str) -> bool:
-    request = urllib.request.Request(f"{url}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {os.environ['RAY_AUTH_TOKEN']}")
+def _answers(head: Head) -> bool:
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return bool(answer.status == 200)
+        head.ask("")
     except OSError:
         return False
+    return True
 
 
 def _wait(holds: Callable[[], bool], what: str, timeout_s: float) -> None:
@@ -132,10 +143,24 @@ def _wait(holds: Callable[[], bool], what: str, timeout_s: float) -> None:
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A user's working directory, with a model that can be made slow or broken while it trains."""
-    folder = tmp_path / "work"
+    return _work(tmp_path)
+
+
+def _work(place: Path) -> Path:
+    folder = place / "work"
     folder.mkdir()
-    (folder / "mine.py").write_text(MODEL.format(slow=tmp_path / "slow", broken=tmp_path / "broken"))
+    (folder / "mine.py").write_text(MODEL.format(slow=place / "slow", broken=place / "broken"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def well(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of job "well", which has ended well; its run directory is beside it."""
+    work = _work(tmp_path_factory.mktemp("well"))
+    options = ["--model", "mine:make", "--device", "cpu", "--rounds", "2", "--out", str(work.parent / "run")]
+    done = head.submit("well", *JOB, *options, cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return work
 
 
 def _lines(path: Path) -> int:
@@ -149,14 +174,11 @@ def test_head_refuses_who_has_no_token(head: Head) -> None:
     assert refused.value.code == 401
 
 
-def test_job_that_ends_well_exits_with_0_and_logs_what_a_terminal_shows(head: Head, work: Path) -> None:
-    out = work.parent / "run"
-    done = head.submit(
-        "well", *JOB, "--model", "mine:make", "--device", "cpu", "--rounds", "2", "--out", str(out), cwd=work
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_job_that_ends_well_exits_with_0_and_logs_what_a_terminal_shows(head: Head, well: Path) -> None:
+    out = well.parent / "run"
     assert (out / "model.safetensors").exists()
-    log = head.logs("well", work)
+    printed = head.job("logs", "well", cwd=well).stdout
+    log = "".join(line for line in printed.splitlines(keepends=True) if " cli.py:" not in line)  # the command's own
     assert "\x1b" not in log
     for words in ("2 gateways, 2 rounds × 2 local steps", "round 2/2  accuracy", "epsilon ", f"files: {out}"):
         assert words in log
@@ -164,11 +186,10 @@ def test_job_that_ends_well_exits_with_0_and_logs_what_a_terminal_shows(head: He
     assert len(own) <= 2, own  # Ray's own lines do not drown ours
 
 
-def test_job_equals_the_same_command_in_one_process(head: Head, work: Path) -> None:
-    argv = [*JOB, "--model", "mine:make", "--rounds", "2"]
-    assert head.submit("equal", *argv, "--device", "cpu", "--out", str(work.parent / "job"), cwd=work).returncode == 0
-    assert fedray(*argv, "--pool", "inline", "--out", str(work.parent / "inline"), cwd=work).code == 0
-    job, inline = ((work.parent / name / "model.safetensors").read_bytes() for name in ("job", "inline"))
+def test_job_equals_the_same_command_in_one_process(well: Path, tmp_path: Path) -> None:
+    argv = [*JOB, "--model", "mine:make", "--rounds", "2", "--pool", "inline", "--out", str(tmp_path / "inline")]
+    assert fedray(*argv, cwd=well).code == 0
+    job, inline = ((place / "model.safetensors").read_bytes() for place in (well.parent / "run", tmp_path / "inline"))
     assert job == inline
 
 
@@ -176,7 +197,7 @@ def test_job_with_bad_input_exits_with_1_and_one_line(head: Head, work: Path) ->
     """`ray job submit` turns every failure into exit code 1; the sentence is in the log."""
     done = head.submit("bad", "--gateways", "0", cwd=work)
     assert done.returncode == 1
-    log = head.logs("bad", work)
+    log = head.logs("bad")
     assert "error: --gateways is 0; it must be a whole number of at least 1." in log
     assert "Traceback" not in log
 
@@ -192,8 +213,8 @@ def test_job_whose_model_fails_exits_with_1_and_the_users_traceback(head: Head, 
     assert submitted.returncode == 0, submitted.stderr
     _wait(lambda: _lines(work.parent / "run" / "metrics.jsonl") > 0, "round 1 is done", 120)
     (work.parent / "broken").touch()
-    _wait(lambda: "Job 'broken' failed" in head.job("status", "broken", cwd=work).stdout, "the job has failed", 180)
-    log = head.logs("broken", work)
+    head.wait("broken", "FAILED")
+    log = head.logs("broken")
     assert log.count('raise ValueError("the sensor broke")') == 1
     assert re.search(r"error: gateway .* failed in round \d+: ValueError: the sensor broke", log)
 
@@ -209,14 +230,10 @@ def test_stopped_job_can_be_resumed_to_the_same_result(head: Head, work: Path) -
     assert submitted.returncode == 0, submitted.stderr
     _wait(lambda: _lines(out / "metrics.jsonl") > 1, "round 2 is done", 120)
     head.job("stop", "stopped", cwd=work)
-    _wait(
-        lambda: "Job 'stopped' was stopped" in head.job("status", "stopped", cwd=work).stdout,
-        "the job has stopped",
-        180,
-    )
+    head.wait("stopped", "STOPPED")
     done_before = _lines(out / "metrics.jsonl")
     assert 1 < done_before < 60
-    assert f"--resume {out}" in head.logs("stopped", work)
+    assert f"--resume {out}" in head.logs("stopped")
     (work.parent / "slow").unlink()
     resumed = head.submit("resumed", "--resume", str(out), cwd=work)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -234,6 +251,6 @@ def test_drivers_share_of_the_gpu_is_left_to_it(head: Head, work: Path) -> None:
         cwd=work,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    log = head.logs("share", work)
+    log = head.logs("share")
     assert "16 actors × 1 gateway, 0.1 CPU, 0.0562 GPU each" in log
     assert "0.9 of 1 GPU, 1.6 of 2 CPU" in log
