@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.cluster.clusters import Nodes, cluster, fedray, notes, spy
 
@@ -69,21 +67,17 @@ def test_nodes_gpus_are_shared_in_equal_fractions(tmp_path: Path, single: bytes,
 
 
 def test_sixteen_gateways_share_one_gpu(tmp_path: Path) -> None:
-    """And sixteen actors end as one process does: at the same bytes with groups of one, to rounding with one of 16."""
+    """And sixteen actors end as one process does, byte for byte."""
     seen = spy(tmp_path)
     argv = [*JOB, "--noise-level", "sample", "--gateways", "16", "--gateways-per-actor", "auto", "--device", "auto"]
     with cluster({"num_cpus": 2, "num_gpus": 1}) as nodes:
         done = fedray(*argv, "--ray-address", nodes.address, "--out", "run", cwd=tmp_path)
     assert done.code == 0, done.err
     assert [resources["GPU"] for _, resources in notes(seen)] == [0.0625] * 16
-    for per_actor in ("1", "16"):
-        options = ["--gateways-per-actor", per_actor, "--device", "cpu", "--pool", "inline", "--out", f"in-{per_actor}"]
-        assert fedray(*argv, *options, cwd=tmp_path).code == 0
-    ended, apart, together = (tmp_path / name / "model.safetensors" for name in ("run", "in-1", "in-16"))
-    assert ended.read_bytes() == apart.read_bytes()
-    params, grouped = load_file(ended), load_file(together)
-    for name, value in params.items():
-        torch.testing.assert_close(grouped[name], value, atol=1e-6, rtol=0)
+    alone = ["--gateways-per-actor", "1", "--device", "cpu", "--pool", "inline", "--out", "alone"]
+    assert fedray(*argv, *alone, cwd=tmp_path).code == 0
+    ended, inline = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "alone"))
+    assert ended == inline
 
 
 def test_gpus_in_pieces_fail_fast_with_needs_against_haves(tmp_path: Path) -> None:
