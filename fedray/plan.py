@@ -247,6 +247,7 @@ def prepare(
         memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
         max_update_norm=config.max_update_norm,
         drop_failures=config.on_failure == "drop",
+        steady_cohort=config.participation >= 1.0,
     )
     return Plan(
         config=config,

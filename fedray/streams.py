@@ -22,12 +22,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 KEY_BYTES = 32
 # Normals are made in blocks of this many pairs: enough to spread the cost of a call, few enough to stay in a cache.
@@ -135,14 +136,11 @@ class Stream:
 
     def seek(self, step: int) -> None:
         """Go to the start of the keystream of a step (at most 2^64 blocks of 16 bytes each)."""
-        self._encryptor.reset_nonce(step.to_bytes(8, "big") + bytes(8))
+        self._encryptor.reset_nonce(_nonce(step))
 
     def fill_bytes(self, out: npt.NDArray[np.uint8]) -> None:
         """Overwrite `out` with the next keystream bytes."""
         target = out.data
-        if len(target) <= len(_ZEROS):
-            self._encryptor.update_into(_ZEROS[: len(target)], target)
-            return
         for start in range(0, len(target), len(_ZEROS)):
             part = target[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)], part)
@@ -157,18 +155,21 @@ class Stream:
         """
         return self.bernoulli_steps(range(step, step + 1), size, rate)[0]
 
-    def bernoulli_steps(self, steps: range, size: int, rate: float) -> list[npt.NDArray[np.int64]]:
-        """Return `bernoulli` of each step; faster than one call a step."""
+    def bernoulli_steps(
+        self, steps: range, size: int, rate: float
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return `bernoulli` of each step, one after the other, and how many indices each has; faster than one by one."""
         threshold = math.floor(rate * 2.0**32)
         if threshold >= 2**32:
-            return [np.arange(size) for _ in steps]
+            return np.tile(np.arange(size), len(steps)), np.full(len(steps), size)
         words = np.empty((len(steps), size), np.uint32)
-        for row, step in zip(words, steps, strict=True):
+        for row, step in zip(words.view(np.uint8), steps, strict=True):
             self.seek(step)
-            self.fill_bytes(row.view(np.uint8))
+            self.fill_bytes(row)
         chosen = np.flatnonzero(words < np.uint32(threshold))
-        ends = np.searchsorted(chosen, np.arange(0, (len(steps) + 1) * size, size)).tolist()
-        return [chosen[ends[row] : ends[row + 1]] - row * size for row in range(len(steps))]
+        ends = np.searchsorted(chosen, np.arange(0, (len(steps) + 1) * size, size))
+        counts = np.diff(ends)
+        return chosen - np.repeat(np.arange(len(steps)) * size, counts), counts
 
     def normals(self, step: int, size: int) -> Float32Array:
         """Return `size` standard normals of a step."""
@@ -196,6 +197,10 @@ class RoundKeys:
         """Return the key of a gateway's stream for one purpose."""
         return derive_key(self.round_key, purpose, gateway, self.round_index, self.attempt)
 
+    def following(self) -> RoundKeys:
+        """Return the keys of the first attempt at the next round."""
+        return RoundKeys(round_key=next_round_key(self.round_key), round_index=self.round_index + 1)
+
     def stream(self, purpose: str, gateway: int) -> Stream:
         """Return a gateway's stream for one purpose; its steps are nonces."""
         return Stream(self.key(purpose, gateway))
@@ -211,29 +216,31 @@ def fill_normals(streams: Sequence[Stream], step: int, out: Float32Array, std: f
         std: Standard deviation, at least 0.
     """
     rows, size = out.shape
-    for stream in streams:
-        stream.seek(step)
+    nonce = _nonce(step)
+    encryptors = [stream._encryptor for stream in streams]
+    for encryptor in encryptors:
+        encryptor.reset_nonce(nonce)
     block = 2 * PAIRS_PER_BLOCK
     together = max(1, block // (size + size % 2)) if size else rows
+    target = torch.from_numpy(out)
     for first in range(0, rows, together):
-        group = streams[first : first + together]
+        group = encryptors[first : first + together]
         for start in range(0, size, block):
-            _fill_block(group, out[first : first + len(group), start : start + block], std)
+            _fill_block(group, target[first : first + len(group), start : start + block], std)
 
 
-def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> None:
+def _fill_block(encryptors: Sequence[CipherContext], out: torch.Tensor, std: float) -> None:
     rows, size = out.shape
     pairs = (size + 1) // 2
     work = _SCRATCH.of(rows, pairs)
-    for stream, row in zip(streams, work.keystream, strict=True):
-        stream.fill_bytes(row)
+    for encryptor, row in zip(encryptors, work.keystream, strict=True):
+        encryptor.update_into(work.zeros, row)
     radius, angle = work.radius, work.angle
     # The magnitude of a signed word over 2^63 is uniform on [0, 1].
-    radius.copy_(work.radius_words).abs_().mul_(2.0**-63).clamp_min_(_SMALLEST_UNIFORM)
-    radius.log_().mul_(-2.0).sqrt_().mul_(std)
-    angle.copy_(work.angle_words).mul_(math.pi * 2.0**-31)
-    target = torch.from_numpy(out)
-    cosine, sine = target[:, :pairs], target[:, pairs:]
+    radius.copy_(work.radius_words).abs_().mul_(_number(2.0**-63)).clamp_min_(_SMALLEST_UNIFORM)
+    radius.log_().mul_(_number(-2.0)).sqrt_().mul_(_number(std))
+    angle.copy_(work.angle_words).mul_(_number(math.pi * 2.0**-31))
+    cosine, sine = torch.split(out, [pairs, size - pairs], 1)
     torch.cos(angle, out=cosine)
     cosine.mul_(radius)
     if size % 2:  # the last pair gives one normal
@@ -242,10 +249,22 @@ def _fill_block(streams: Sequence[Stream], out: Float32Array, std: float) -> Non
     sine.mul_(radius)
 
 
-class _Work(NamedTuple):
-    """Working memory for a block of some shape; `keystream` holds the bytes of a row each, the words view them."""
+def _nonce(step: int) -> bytes:
+    return step.to_bytes(8, "big") + bytes(8)
 
-    keystream: list[npt.NDArray[np.uint8]]
+
+@lru_cache(maxsize=64)
+def _number(value: float) -> torch.Tensor:
+    """Return a number as torch takes it at once: it would convert a Python number anew at each use."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+class _Work(NamedTuple):
+    """Working memory for a block of some shape; `keystream` is the bytes of each row, as many as `zeros`, the words view
+    them."""
+
+    keystream: list[memoryview]
+    zeros: memoryview
     radius_words: torch.Tensor
     angle_words: torch.Tensor
     radius: torch.Tensor
@@ -266,7 +285,8 @@ class _Scratch(threading.local):
         if work is None:
             if len(self._known) >= _SHAPES_KEPT:
                 self._known.clear()
-            work = self._known[rows, pairs] = self._views(rows, pairs)
+            with torch.inference_mode(False):  # they outlive the mode in which they are first asked for
+                work = self._known[rows, pairs] = self._views(rows, pairs)
         return work
 
     def _views(self, rows: int, pairs: int) -> _Work:
@@ -279,7 +299,8 @@ class _Scratch(threading.local):
             self._known.clear()  # views of the memory before
         words = self._words[: rows * width].reshape(rows, width)
         return _Work(
-            keystream=[row[:used] for row in words],
+            keystream=[row[:used].data for row in words],
+            zeros=_ZEROS[:used],
             radius_words=torch.from_numpy(words[:, : 8 * pairs].view(np.int64)),
             angle_words=torch.from_numpy(words[:, 8 * pairs : used].view(np.int32)),
             radius=self._radius[:size].view(rows, pairs),

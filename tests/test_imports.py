@@ -35,7 +35,7 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.pool", "pool.placement", "pool.connection"),
     ("pool.worker",),
     ("training.reference", "training.stacked"),
-    ("training.stacking", "training.row_optimizers"),
+    ("training.stacking", "training.row_optimizers", "training.draws"),
     ("training.chain",),
     ("training.layers", "training.trainer"),
     ("privacy",),

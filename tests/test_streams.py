@@ -84,8 +84,10 @@ def test_bernoulli_of_rate_one_and_zero() -> None:
 @given(st.integers(0, 40), st.integers(1, 60), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 def test_bernoulli_steps_are_bernoulli_step_by_step(first: int, size: int, rate: float) -> None:
     """Drawing several steps in one go changes nothing."""
-    together = Stream(KEY).bernoulli_steps(range(first, first + 4), size, rate)
-    for step, batch in enumerate(together, start=first):
+    drawn, counts = Stream(KEY).bernoulli_steps(range(first, first + 4), size, rate)
+    assert len(counts) == 4
+    assert counts.sum() == len(drawn)
+    for step, batch in enumerate(np.split(drawn, np.cumsum(counts)[:-1]), start=first):
         assert batch.tolist() == Stream(KEY).bernoulli(step, size, rate).tolist()
 
 

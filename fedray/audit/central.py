@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,9 @@ class _CanaryTrainer:
         self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
     ) -> Float32Array:
         return self._updates[[gateway - self._first for gateway in gateways]]
+
+    def draw_ahead(self, stop: Event) -> None:
+        """Draw nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,6 @@ from fedray.privacy import mechanism
 from fedray.privacy.accounting import epsilon_of
 from fedray.privacy.ledger import ranges_of
 from fedray.privacy.levels import level_of
-from fedray.streams import RoundKeys, next_round_key
 from fedray.training.trainer import Release
 
 Float64Array = npt.NDArray[np.float64]
@@ -118,7 +117,7 @@ def attack_one_run(lab: Lab) -> list[Finding]:
     while rounds < lab.plan.config.rounds and time.perf_counter() - start < lab.effort.game_seconds:
         updates = trainer.train(keys, params, range(gateways), shards)
         params = server.step(params, updates.astype(np.float64).mean(axis=0))
-        keys = RoundKeys(round_key=next_round_key(keys.round_key), round_index=keys.round_index + 1)
+        keys = keys.following()
         rounds += 1
     steps = rounds * lab.spec.local_steps
     text = f"one run of {rounds} round{'s' * (rounds > 1)} with the real sampler; orthogonal canary directions of norm C in "
@@ -193,7 +192,7 @@ def _train(lab: Lab, shards: _ShardsWithCanaries) -> tuple[npt.NDArray[np.float3
         result = worker.train(keys, params, range(len(shards)))
         total, weight, _ = gather([result], lab.plan.layout, torch.device("cpu"))
         params = server.step(params, mechanism.aggregate(lab.spec, keys, total, weight, ranges_of(result.gateways)))
-        keys = RoundKeys(round_key=next_round_key(keys.round_key), round_index=keys.round_index + 1)
+        keys = keys.following()
         rounds += 1
     return params, rounds
 

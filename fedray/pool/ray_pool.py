@@ -83,8 +83,11 @@ class _Actor:
         return self._built().load(gateways, key)
 
     def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> GroupResult:
-        """See `Worker.train`."""
-        return self._built().train(keys, params, gateways)
+        """See `Worker.train`; draw for the next round while the orchestrator is at work."""
+        worker = self._built()
+        result = worker.train(keys, params, gateways)
+        worker.draw_ahead()
+        return result
 
     def _built(self) -> Worker:
         # Not in the constructor, whose errors Ray reports as deaths.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +43,7 @@ class WorkerSetup:
         memory_limit: Bytes that one actor's training may take; None for its share of half the machine's memory.
         max_update_norm: Refuse longer updates.
         drop_failures: Leave out gateways that fail instead of raising.
+        steady_cohort: Whether the next round's gateways are known to be this one's.
     """
 
     model: torch.nn.Module
@@ -51,6 +54,7 @@ class WorkerSetup:
     memory_limit: int | None = None
     max_update_norm: float | None = None
     drop_failures: bool = False
+    steady_cohort: bool = False
 
 
 def resolve_device(device: str) -> torch.device:
@@ -100,6 +104,9 @@ class Worker:
         self._trainer = new_trainer(setup.engine, setup.model, setup.training, device, max(limit // 2, 1))
         self._layout = Layout.of(setup.model)
         self._largest_stack = min(limit // 4, _LARGEST_STACK_BYTES)
+        self._thread = ThreadPoolExecutor(max_workers=1)  # starts when it has work
+        self._drawing: Future[None] | None = None
+        self._stop_drawing = Event()
 
     def load(self, gateways: Sequence[int], key: bytes) -> dict[int, str]:
         """Load and check shards before the first round; return their MACs under `key`.
@@ -122,6 +129,7 @@ class Worker:
         Raises:
             GatewayError: The user's code failed, or a gateway's update is not finite.
         """
+        self._settle_draws()
         weighted = self._setup.training.privacy.weights == "records"
         together = max(1, self._largest_stack // (4 * self._layout.num_params))
         arrived: list[int] = []
@@ -146,6 +154,18 @@ class Worker:
             total=total,
             failures=tuple(failures),
         )
+
+    def draw_ahead(self) -> None:
+        """Begin to draw for the round that follows, on a thread, until it comes."""
+        if self._setup.steady_cohort:
+            self._drawing = self._thread.submit(self._trainer.draw_ahead, self._stop_drawing)
+
+    def _settle_draws(self) -> None:
+        if self._drawing is not None:
+            self._stop_drawing.set()
+            self._drawing.result()
+            self._stop_drawing.clear()
+            self._drawing = None
 
     def _updates(
         self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]

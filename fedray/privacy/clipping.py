@@ -57,22 +57,25 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
         rows: `[…, P]`.
 
     Returns:
-        `[…]`, float64: blocks of squares are added in float32, blocks in float64, so that the 10^8 coordinates of a
+        `[…]`, float32: blocks of squares are added in float32, blocks in float64, so that the 10^8 coordinates of a
         large model lose no digits.
 
     Edge cases:
         A norm above `LARGEST_NORM` may come out infinite. Values below 1e-22, whose squares float32 cannot hold, are lost;
         10^8 of them have a squared norm of 1e-36, nothing beside the square of the smallest C, 1e-30.
     """
-    whole = rows.shape[-1] // _BLOCK * _BLOCK
-    parts = []
-    if whole:
-        blocks = rows[..., :whole].view(*rows.shape[:-1], whole // _BLOCK, _BLOCK)
-        parts.append(torch.linalg.vector_norm(blocks, dim=-1))
-    if whole < rows.shape[-1] or not parts:
+    norms: torch.Tensor
+    size = rows.shape[-1]
+    if size <= _BLOCK:
+        norms = torch.linalg.vector_norm(rows, dim=-1)
+        return norms
+    whole = size // _BLOCK * _BLOCK
+    blocks = rows[..., :whole].view(*rows.shape[:-1], whole // _BLOCK, _BLOCK)
+    parts = [torch.linalg.vector_norm(blocks, dim=-1)]
+    if whole < size:
         parts.append(torch.linalg.vector_norm(rows[..., whole:], dim=-1, keepdim=True))
-    norms: torch.Tensor = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, dtype=torch.float64)
-    return norms
+    norms = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, dtype=torch.float64)
+    return norms.float()
 
 
 def clip_rows(rows: torch.Tensor, clip_norm: float) -> torch.Tensor:

@@ -28,6 +28,6 @@ class PoissonSampler:
         """Return the sorted indices of the records in the batch of a local step."""
         return self._stream.bernoulli(step, num_records, self._rate)
 
-    def batches(self, steps: range, num_records: int) -> list[npt.NDArray[np.int64]]:
-        """Return the batches of several local steps: the same as `batch` step by step, drawn in one go."""
+    def batches(self, steps: range, num_records: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the batches of several local steps, one after the other, and their sizes: `batch` of each, in one go."""
         return self._stream.bernoulli_steps(steps, num_records, self._rate)

@@ -111,16 +111,16 @@ def _loss_gradient(loss: Loss, output: torch.Tensor, y: torch.Tensor, weights: t
     """Return the gradient of sum(weights · losses) at the outputs; None when the loss does not depend on them."""
     if loss is cross_entropy and output.dim() == 2 and y.dim() == 1 and y.dtype == torch.int64:
         # The default loss at class indices: softmax minus the target. By torch's log_softmax, which is slow on few
-        # classes, and its backward pass it takes three times as long.
-        weight = weights.unsqueeze(1)
+        # classes, and its backward pass it takes three times as long; with classes first, which would be quick, rounding
+        # depends on a record's place in the batch.
         found = (output - output.amax(1, keepdim=True)).exp_()
-        found /= found.sum(1, keepdim=True)
-        found *= weight
-        found.scatter_add_(1, y.unsqueeze(1), -weight)
+        found *= (weights / found.sum(1)).unsqueeze(1)
+        found.scatter_add_(1, y.unsqueeze(1), -weights.unsqueeze(1))
         return found
-    with torch.enable_grad():
-        leaf = output.detach().requires_grad_()
-        total = weighted(loss(leaf.clone(), y), weights)  # a copy: the user's loss may work in place
+    # Copies are no tensors of the inference mode, which autograd refuses; and the user's loss may work in place.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = output.clone().requires_grad_()
+        total = weighted(loss(leaf.clone(), y.clone()), weights.clone())
     return torch.autograd.grad(total, leaf, allow_unused=True)[0]
 
 

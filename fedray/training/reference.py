@@ -11,6 +11,7 @@ import copy
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,9 @@ class OpacusTrainer:
                     traceback.format_exc(),
                 ) from error
         return updates
+
+    def draw_ahead(self, stop: Event) -> None:
+        """Leave it: this trainer draws when it needs to."""
 
     def _train_gateway(self, keys: RoundKeys, params: Float32Array, gateway: int, shard: Shard) -> Float32Array:
         self._layout.load(self._values, params)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
@@ -21,36 +22,17 @@ from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
 from fedray.privacy.clipping import clip_factors, clip_rows, usable
 from fedray.privacy.levels import level_of
-from fedray.privacy.noise import LocalNoise
-from fedray.privacy.sampling import PoissonSampler
 from fedray.streams import RoundKeys
+from fedray.training.draws import Batch, Draws
+from fedray.training.layers import quick_norms
 from fedray.training.row_optimizers import new_row_optimizer
 from fedray.training.stacking import StackedModel
 from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
 _FEWEST_TOGETHER = 4  # gateways whose parameters would fit the cache
-_WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
 _MATRICES = 5  # parameters, gradients, Adam's two moments, a layer's sums
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """One step's records of a group, padded to the largest batch.
-
-    Args:
-        x: `[G·B, …]`.
-        y: `[G·B, …]`.
-        mask: `[G, B]`, 1 for a record and 0 for padding.
-        sizes: `[G]`, records in each gateway's batch.
-        indices: Each gateway's record indices.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    mask: torch.Tensor
-    sizes: npt.NDArray[np.int64]
-    indices: Sequence[npt.NDArray[np.int64]]
+_AHEAD_BYTES = 8 * 2**20  # of noise drawn ahead of its round
 
 
 class StackedTrainer:
@@ -73,9 +55,13 @@ class StackedTrainer:
         self._training = training
         self._device = device
         self._local = level_of(training.privacy).local
+        self._divisor = float(training.privacy.batch_size) if self._local == "record" else 1.0
         self._model = StackedModel(model, device)
         self._memory_limit = memory_limit
         self._values_per_record: int | None = None
+        self._first: Draws | None = None  # of the first group of the last round
+        self._ahead: Draws | None = None
+        self._ahead_memory = torch.empty(0)
 
     def train(
         self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
@@ -87,7 +73,10 @@ class StackedTrainer:
             first = shards[gateways[start]]
             group = gateways[start : start + self._group_size(len(params), first)]
             try:
-                updates[start : start + len(group)] = self._train_group(keys, params, group, shards)
+                draws = self._draws(keys, group, shards)
+                with self._mode():
+                    updates[start : start + len(group)] = self._train_group(params, group, draws)
+                self._first = draws if start == 0 else self._first
             except FedrayError:
                 raise
             except Exception as error:  # model, loss and data are the user's; they may raise anything
@@ -117,27 +106,44 @@ class StackedTrainer:
             self._values_per_record = sum(layer.num_values for layer in self._model.layers)
         return self._values_per_record
 
-    @torch.no_grad()
-    def _train_group(
-        self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
-    ) -> Float32Array:
-        privacy = self._training.privacy
+    def draw_ahead(self, stop: Event) -> None:
+        """See `fedray.training.trainer.Trainer.draw_ahead`."""
+        if self._first is None or self._device.type != "cpu":
+            return
+        following, rows, num_params = self._first.following(), len(self._first.shards), self._model.num_params
+        steps = 0 if self._local == "plain" else min(_AHEAD_BYTES, self._memory_limit // 8) // (4 * rows * num_params)
+        size = min(steps, self._training.privacy.local_steps) * rows * num_params
+        with self._mode():
+            if len(self._ahead_memory) < size:  # kept: fresh memory would cost a page fault every 4 KB
+                self._ahead_memory = torch.empty(size)
+            following.draw_ahead(self._ahead_memory[:size].view(-1, rows, num_params), stop)
+        self._ahead = following
+
+    def _draws(self, keys: RoundKeys, gateways: Sequence[int], shards: GatewayShards) -> Draws:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.serve(keys, gateways):
+            return ahead
+        return Draws(self._training.privacy, self._device, keys, gateways, [shards[gateway] for gateway in gateways])
+
+    def _mode(self) -> AbstractContextManager[None]:
+        # Without the book-keeping that autograd wants a step's calls take a sixth less time.
+        quick = self._model.chain is not None and self.observer is None
+        return torch.inference_mode() if quick else torch.no_grad()
+
+    def _train_group(self, params: Float32Array, gateways: Sequence[int], draws: Draws) -> Float32Array:
         sent = torch.from_numpy(np.array(params, np.float32)).to(self._device)  # a copy: it may be a shared view
         values = sent.repeat(len(gateways), 1)
         self._model.bind(values)
-        optimizer = new_row_optimizer(self._training.optimizer, values, self._training.lr)
-        noise = LocalNoise(privacy, keys, gateways)
+        optimizer = new_row_optimizer(self._training.optimizer, values, self._training.lr, self._divisor)
         gradient = torch.empty_like(values)
-        batches = self._batches(keys, gateways, [shards[gateway] for gateway in gateways])
-        for step, batch in enumerate(batches):
-            rows = self._fill(gradient, gateways, step, batch, noise)
+        for step, batch in enumerate(draws.batches()):
+            rows = self._fill(gradient, gateways, step, batch, draws)
             if rows is None or len(rows):
-                divisor = float(privacy.batch_size) if self._local == "record" else 1.0
-                optimizer.step(gradient, divisor, rows)
+                optimizer.step(gradient, rows)
         return values.sub_(sent).cpu().numpy()
 
     def _fill(
-        self, gradient: torch.Tensor, gateways: Sequence[int], step: int, batch: _Batch, noise: LocalNoise
+        self, gradient: torch.Tensor, gateways: Sequence[int], step: int, batch: Batch, draws: Draws
     ) -> torch.Tensor | None:
         """Fill the gradient matrix for a step; return the rows that step, or None for all."""
         if self._local == "plain":
@@ -147,7 +153,7 @@ class StackedTrainer:
                 return None
             return torch.from_numpy(np.flatnonzero(batch.sizes)).to(self._device)
         if self._local == "record" and self.observer is None:
-            self._fill_noise(noise, step, gradient)
+            draws.fill_noise(step, gradient)
             self._add_clipped_records(gradient, batch)
             return None
         gradient.zero_()
@@ -157,14 +163,14 @@ class StackedTrainer:
             self._add_gradients(gradient, batch, np.full(len(gateways), 1.0 / self._training.privacy.batch_size))
             gradient.copy_(clip_rows(gradient, self._training.privacy.clip_norm))
         drawn = torch.empty_like(gradient)
-        self._fill_noise(noise, step, drawn)
+        draws.fill_noise(step, drawn)
         if self.observer is None:
             gradient += drawn
         else:
             self._observe(self.observer, gradient, drawn, gateways, step, batch)
         return None
 
-    def _add_gradients(self, gradient: torch.Tensor, batch: _Batch, scales: npt.NDArray[np.float64]) -> None:
+    def _add_gradients(self, gradient: torch.Tensor, batch: Batch, scales: npt.NDArray[np.float64]) -> None:
         """Set `gradient`, which is zero, to each gateway's gradient sum times its scale."""
         if not len(batch.y):
             return
@@ -184,35 +190,30 @@ class StackedTrainer:
                 layer.select(batch.mask.bool())
                 layer.add_sums(gradient, None)
 
-    def _add_clipped_records(self, gradient: torch.Tensor, batch: _Batch) -> None:
+    def _add_clipped_records(self, gradient: torch.Tensor, batch: Batch) -> None:
         """Add each gateway's sum of clipped record gradients (Abadi et al. 2016, Algorithm 1)."""
         if not len(batch.y):
             return
         self._losses_backward(batch, batch.mask)
-        layers = self._model.used_layers()
-        squares = [layer.squared_norms() for layer in layers]
-        if not squares:
+        layers, clip_norm = self._model.used_layers(), self._training.privacy.clip_norm
+        if not layers:
             return
-        if any(part.shape != batch.mask.shape for part in squares):  # clipping would not bound a record's share
-            raise RuntimeError(NOT_THE_BATCH)
-        norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
-        factors = clip_factors(norms, self._training.privacy.clip_norm).to(gradient.dtype)
-        # On a GPU, looking would cost more than selecting.
-        if self._device.type != "cpu" or not bool(usable(norms.max())):
-            finite = usable(norms)
-            for layer in layers:
-                layer.select(finite)
+        on_cpu = self._device.type == "cpu"  # on a GPU, looking at values would cost more than it spares
+        norms = quick_norms(layers, batch.mask.shape, clip_norm) if on_cpu else None
+        if norms is None:
+            squares = [layer.squared_norms() for layer in layers]
+            if any(part.shape != batch.mask.shape for part in squares):  # clipping would not bound a record's share
+                raise RuntimeError(NOT_THE_BATCH)
+            norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
+            if not on_cpu or not bool(usable(norms.max())):
+                for layer in layers:
+                    layer.select(usable(norms))
+        factors = clip_factors(norms, clip_norm)
         for layer in layers:
             layer.add_sums(gradient, factors)
 
-    def _losses_backward(self, batch: _Batch, weights: torch.Tensor) -> None:
+    def _losses_backward(self, batch: Batch, weights: torch.Tensor) -> None:
         self._model.differentiate(self._training.loss, batch.x, batch.y, weights.view(-1))
-
-    def _fill_noise(self, noise: LocalNoise, step: int, out: torch.Tensor) -> None:
-        if out.device.type == "cpu":
-            noise.fill(step, out.numpy())
-        else:
-            noise.fill_on_device(step, out)
 
     def _observe(
         self,
@@ -221,63 +222,22 @@ class StackedTrainer:
         drawn: torch.Tensor,
         gateways: Sequence[int],
         step: int,
-        batch: _Batch,
+        batch: Batch,
     ) -> None:
         """Add the noise row by row under an observer; `gradient` ends as released · divisor."""
-        divisor = float(self._training.privacy.batch_size) if self._local == "record" else 1.0
+        divisor = self._divisor
         for row, gateway in enumerate(gateways):
-            clipped = observer.before_noise(gateway, step, batch.indices[row], gradient[row].clone())
+            indices = batch.indices(row)
+            clipped = observer.before_noise(gateway, step, indices, gradient[row].clone())
             seen = Release(
                 gateway=gateway,
                 step=step,
-                batch=batch.indices[row],
+                batch=indices,
                 clipped=clipped.cpu().numpy(),
                 noise=drawn[row].cpu().numpy(),
                 divisor=divisor,
             )
             gradient[row] = observer.released(seen, (clipped + drawn[row]) / divisor) * divisor
-
-    def _batches(self, keys: RoundKeys, gateways: Sequence[int], shards: Sequence[Shard]) -> Iterator[_Batch]:
-        """Yield the round's batches, gathering records for as many steps at once as the window holds."""
-        privacy = self._training.privacy
-        samplers = [PoissonSampler(privacy, keys, gateway) for gateway in gateways]
-        record_bytes = shards[0].size_bytes // shards[0].num_records
-        step_bytes = len(gateways) * 2 * privacy.batch_size * record_bytes
-        window = min(privacy.local_steps, max(1, _WINDOW_BYTES // max(1, step_bytes)))
-        for first in range(0, privacy.local_steps, window):
-            steps = range(first, min(first + window, privacy.local_steps))
-            yield from self._gather(
-                [sampler.batches(steps, shard.num_records) for sampler, shard in zip(samplers, shards, strict=True)],
-                shards,
-                len(steps),
-            )
-
-    def _gather(
-        self, drawn: Sequence[Sequence[npt.NDArray[np.int64]]], shards: Sequence[Shard], num_steps: int
-    ) -> Iterator[_Batch]:
-        sizes = np.array([[len(batch) for batch in batches] for batches in drawn])  # [G, S]
-        widths = sizes.max(0)
-        ends = np.cumsum(widths)
-        steps, columns = np.repeat(np.arange(num_steps), widths), np.arange(ends[-1])
-        present = columns - (ends - widths)[steps] < sizes[:, steps]  # [G, W]: the steps' columns side by side
-        index = np.zeros(present.shape, np.int64)
-        index[present] = np.concatenate([batch for batches in drawn for batch in batches])
-        x, y = (first.new_empty((*present.shape, *first.shape[1:])) for first in (shards[0].x, shards[0].y))
-        for row, shard in enumerate(shards):
-            chosen = torch.from_numpy(index[row])
-            torch.index_select(shard.x, 0, chosen, out=x[row])
-            torch.index_select(shard.y, 0, chosen, out=y[row])
-        x, y = x.to(self._device), y.to(self._device)
-        masks = torch.from_numpy(present.astype(np.float32)).to(self._device)
-        for step, (end, width) in enumerate(zip(ends.tolist(), widths.tolist(), strict=True)):
-            own = slice(end - width, end)
-            yield _Batch(
-                x=x[:, own].flatten(0, 1),
-                y=y[:, own].flatten(0, 1),
-                mask=masks[:, own].contiguous(),
-                sizes=sizes[:, step],
-                indices=[batches[step] for batches in drawn],
-            )
 
 
 def _names(gateways: Sequence[int]) -> str:

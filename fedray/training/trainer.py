@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Literal, Protocol
 
 import numpy as np
@@ -64,6 +65,10 @@ class Trainer(Protocol):
         Raises:
             GatewayError: The user's code failed in a gateway.
         """
+        ...
+
+    def draw_ahead(self, stop: Event) -> None:
+        """Draw for the round after the last one, while nothing trains, until `stop` is set; it changes no result."""
         ...
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from fedray import streams
 from fedray.privacy import accounting, clipping, levels, mechanism, noise
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
@@ -19,7 +20,7 @@ from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.session import Session
-from fedray.streams import RoundKeys, Stream
+from fedray.streams import RoundKeys
 from fedray.training import layers
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver, Trainer
@@ -73,8 +74,8 @@ def noise_shared_by_gateways(patch: Patch, engine: str) -> None:
 
 def noise_shared_by_steps(patch: Patch, engine: str) -> None:
     """Every step starts the stream anew."""
-    seek = Stream.seek
-    patch.setattr(Stream, "seek", lambda self, step: seek(self, 0))
+    nonce = streams._nonce
+    patch.setattr(streams, "_nonce", lambda step: nonce(0))
 
 
 def noise_shared_by_rounds(patch: Patch, engine: str) -> None:
@@ -307,7 +308,12 @@ def sampled_without_replacement(patch: Patch, engine: str) -> None:
         return np.sort(np.argsort(words)[: round(self._rate * num_records)])
 
     patch.setattr(PoissonSampler, "batch", mutated)
-    patch.setattr(PoissonSampler, "batches", lambda self, steps, size: [mutated(self, step, size) for step in steps])
+
+    def mutated_steps(self: PoissonSampler, steps: range, num_records: int) -> Any:
+        batches = [mutated(self, step, num_records) for step in steps]
+        return np.concatenate(batches), np.array([len(batch) for batch in batches])
+
+    patch.setattr(PoissonSampler, "batches", mutated_steps)
 
 
 def sampled_at_double_rate(patch: Patch, engine: str) -> None:

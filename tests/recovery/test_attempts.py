@@ -137,7 +137,7 @@ def test_resume_with_other_groups_or_engine_draws_other_noise_and_charges_again(
         local(self, spec, keys, gateways)
 
     monkeypatch.setattr(mechanism, "aggregate", see_aggregate)
-    monkeypatch.setattr("fedray.training.stacked.LocalNoise", type("Seen", (LocalNoise,), {"__init__": see_local}))
+    monkeypatch.setattr("fedray.training.draws.LocalNoise", type("Seen", (LocalNoise,), {"__init__": see_local}))
     resume(run, **changes)
     # Rounds 2 and 3 had been charged with other groups: both are new attempts, with noise of their own.
     assert set(drawn) == {(2, 1), (3, 1)}

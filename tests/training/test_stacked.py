@@ -21,6 +21,7 @@ from fedray.params import Layout
 from fedray.pool.worker import Engine, new_trainer
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
 from fedray.streams import RoundKeys
+from fedray.training.layers import Slot, StackedLinear, quick_norms
 from fedray.training.stacking import StackedModel, reason_against
 from fedray.training.trainer import LocalTraining, Release
 
@@ -100,6 +101,7 @@ def _frozen() -> nn.Module:
 
 MODELS: dict[str, tuple[Maker, tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES, bias=False)), (6,)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, CLASSES)), (6,)),
     "linear_alone": (lambda: nn.Linear(6, CLASSES), (6,)),
     "linear_short_sequence": (
         lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Flatten(), nn.Linear(18, CLASSES)),
@@ -341,6 +343,46 @@ def test_clipping_holds_where_a_tiny_gradient_meets_a_huge_input() -> None:
     trainer.train(RoundKeys(round_key=bytes(32), round_index=1), Layout.of(model).flatten(model), [0], shards)
     clipped = np.linalg.norm(recorder.releases[0, 0].clipped.astype(np.float64))
     assert 0.99e-9 < clipped <= 1e-9 * (1 + 1e-5)
+
+
+class Kept(StackedLinear):
+    """A layer of 3 gateways that has seen inputs and output gradients of these sizes."""
+
+    def __init__(self, a: torch.Tensor, e: torch.Tensor) -> None:
+        slots = {"weight": Slot(where=slice(0, 6), shape=(2, 3)), "bias": Slot(where=slice(6, 8), shape=(2,))}
+        super().__init__(slots, {})
+        self.a, self.e = a, e
+
+
+def _kept(scale_a: float, scale_e: float, seed: int) -> Kept:
+    random = torch.Generator().manual_seed(seed)
+    a, e = (torch.randn(3, 40, size, generator=random) for size in (300, 5))
+    return Kept(a * scale_a, e * scale_e)
+
+
+@pytest.mark.parametrize("scale_a", [0.0, 1e-12, 1.0, 1e6])
+@pytest.mark.parametrize("scale_e", [0.0, 1e-30, 1e-12, 1.0, 1e6])
+def test_quick_norms_are_those_of_float64(scale_a: float, scale_e: float) -> None:
+    layers = [_kept(scale_a, scale_e, 1), _kept(1.0, 1e-3, 2)]
+    found = quick_norms(layers, torch.Size((3, 40)), 1.0)
+    assert found is not None
+    expected = torch.stack([layer.squared_norms() for layer in layers]).sum(0).sqrt()
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("scale_a", "scale_e", "clip_norm"),
+    [(1e10, 1e-24, 1.0), (1e17, 1e-24, 1e-9), (1e2, 1e-20, 1e-15), (1.0, 1e12, 1.0), (1.0, float("nan"), 1.0)],
+)
+def test_quick_norms_are_refused_where_float32_would_lose_what_counts(
+    scale_a: float, scale_e: float, clip_norm: float
+) -> None:
+    layers = [_kept(1.0, 1.0, 1), _kept(scale_a, scale_e, 2)]
+    assert quick_norms(layers, torch.Size((3, 40)), clip_norm) is None
+
+
+def test_quick_norms_are_refused_for_rows_that_are_no_records() -> None:
+    assert quick_norms([_kept(1.0, 1.0, 1)], torch.Size((3, 20)), 1.0) is None
 
 
 def test_stacked_model_may_work_in_place() -> None:

@@ -1,0 +1,165 @@
+"""What a group of gateways draws in a round: its batches and its noise, a function of the round's keys and the shards.
+
+Nothing of it depends on the parameters, so an actor can draw for the round that follows while it waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray.data.shards import Shard
+from fedray.privacy.noise import LocalNoise
+from fedray.privacy.sampling import PoissonSampler
+from fedray.privacy.spec import PrivacySpec
+from fedray.streams import RoundKeys
+
+_WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's records of a group, padded to the largest batch.
+
+    Args:
+        x: `[G·B, …]`.
+        y: `[G·B, …]`.
+        mask: `[G, B]`, 1 for a record and 0 for padding.
+        sizes: `[G]`, records in each gateway's batch.
+        drawn: Each gateway's record indices, in this step and others.
+        starts: `[G]`, where this step's begin.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    mask: torch.Tensor
+    sizes: npt.NDArray[np.int64]
+    drawn: Sequence[npt.NDArray[np.int64]]
+    starts: npt.NDArray[np.int64]
+
+    def indices(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the record indices of a gateway."""
+        return self.drawn[row][self.starts[row] : self.starts[row] + self.sizes[row]]
+
+
+class Draws:
+    """Batches and noise of a group in one round.
+
+    Args:
+        privacy: The public constants.
+        device: Where batches and noise are needed.
+        keys: The round's key and attempt.
+        gateways: Ids.
+        shards: Of these gateways.
+    """
+
+    def __init__(
+        self,
+        privacy: PrivacySpec,
+        device: torch.device,
+        keys: RoundKeys,
+        gateways: Sequence[int],
+        shards: Sequence[Shard],
+    ) -> None:
+        self.shards = shards
+        self._identity = (keys, list(gateways))
+        self._privacy = privacy
+        self._device = device
+        self._noise = LocalNoise(privacy, keys, gateways)
+        self._samplers = [PoissonSampler(privacy, keys, gateway) for gateway in gateways]
+        self._ahead: list[torch.Tensor] = []
+        self._batches = self._windows()
+
+    def serve(self, keys: RoundKeys, gateways: Sequence[int]) -> bool:
+        """Tell whether these are the draws of that round and group."""
+        return self._identity == (keys, list(gateways))
+
+    def following(self) -> Draws:
+        """Return the draws of the same group in the next round, should it be the first attempt at it."""
+        keys, gateways = self._identity
+        return Draws(self._privacy, self._device, keys.following(), gateways, self.shards)
+
+    def draw_ahead(self, memory: torch.Tensor, stop: Event) -> None:
+        """Draw what will be asked for first, until `stop` is set; what is missing then is drawn when it is asked for.
+
+        Args:
+            memory: `[S, G, P]`, for the noise of the first S steps; it must stay untouched until the round is done.
+            stop: Looked at between steps.
+        """
+        self._batches = itertools.chain([*itertools.islice(self._batches, 1)], self._batches)
+        for step, out in enumerate(memory):
+            if stop.is_set():
+                return
+            self._noise.fill(step, out.numpy())
+            self._ahead.append(out)
+
+    def batches(self) -> Iterator[Batch]:
+        """Return the batches of all steps; they can be had once."""
+        return self._batches
+
+    def fill_noise(self, step: int, out: torch.Tensor) -> None:
+        """Overwrite `out` `[G, P]` with the step's noise."""
+        if step < len(self._ahead):
+            out.copy_(self._ahead[step])
+        elif out.device.type == "cpu":
+            self._noise.fill(step, out.numpy())
+        else:
+            self._noise.fill_on_device(step, out)
+
+    def _windows(self) -> Iterator[Batch]:
+        """Yield the round's batches, gathering records for as many steps at once as the window holds."""
+        num_steps = self._privacy.local_steps
+        record_bytes = self.shards[0].size_bytes // self.shards[0].num_records
+        step_bytes = len(self.shards) * 2 * self._privacy.batch_size * record_bytes
+        window = min(num_steps, max(1, _WINDOW_BYTES // max(1, step_bytes)))
+        for first in range(0, num_steps, window):
+            steps = range(first, min(first + window, num_steps))
+            drawn = [
+                sampler.batches(steps, shard.num_records)
+                for sampler, shard in zip(self._samplers, self.shards, strict=True)
+            ]
+            yield from self._gather([indices for indices, _ in drawn], np.array([sizes for _, sizes in drawn]))
+
+    def _gather(self, drawn: Sequence[npt.NDArray[np.int64]], sizes: npt.NDArray[np.int64]) -> Iterator[Batch]:
+        """Yield the batches of some steps.
+
+        Args:
+            drawn: Each gateway's records, step after step.
+            sizes: `[G, S]`, how many each step has.
+        """
+        (num_gateways, num_steps), widths = sizes.shape, sizes.max(0)
+        ends = np.cumsum(widths)
+        step_of = np.repeat(np.arange(num_steps), widths)
+        present = np.arange(ends[-1]) - (ends - widths)[step_of] < sizes[:, step_of]  # [G, W]: steps side by side
+        index = np.zeros(present.shape, np.int64)
+        index[present] = np.concatenate(drawn)
+        samples = (self.shards[0].x, self.shards[0].y)
+        x, y = (sample.new_empty((*present.shape, *sample.shape[1:])) for sample in samples)
+        for row, shard in enumerate(self.shards):
+            chosen = torch.from_numpy(index[row])
+            torch.index_select(shard.x, 0, chosen, out=x[row])
+            torch.index_select(shard.y, 0, chosen, out=y[row])
+        # From gateways, each with all its steps, to steps, each with all gateways.
+        where = np.arange(present.size).reshape(present.shape)
+        order = np.concatenate([part.ravel() for part in np.split(where, ends[:-1], axis=1)])
+        chosen = torch.from_numpy(order)
+        masks = torch.from_numpy(present.ravel()[order].astype(np.float32))
+        flat = (x.flatten(0, 1).index_select(0, chosen), y.flatten(0, 1).index_select(0, chosen), masks)
+        lengths = (num_gateways * widths).tolist()
+        by_step = zip(*(torch.split(values.to(self._device), lengths) for values in flat), strict=True)
+        starts = np.cumsum(sizes, axis=1) - sizes
+        for step, (x_of, y_of, mask) in enumerate(by_step):
+            yield Batch(
+                x=x_of,
+                y=y_of,
+                mask=mask.view(num_gateways, -1),
+                sizes=sizes[:, step],
+                drawn=drawn,
+                starts=starts[:, step],
+            )
