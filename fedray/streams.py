@@ -22,13 +22,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+
+from fedray.constants import constant
 
 KEY_BYTES = 32
 # Normals are made in blocks of this many pairs: enough to spread the cost of a call, few enough to stay in a cache.
@@ -237,9 +238,9 @@ def _fill_block(encryptors: Sequence[CipherContext], out: torch.Tensor, std: flo
         encryptor.update_into(work.zeros, row)
     radius, angle = work.radius, work.angle
     # The magnitude of a signed word over 2^63 is uniform on [0, 1].
-    radius.copy_(work.radius_words).abs_().mul_(_number(2.0**-63)).clamp_min_(_SMALLEST_UNIFORM)
-    radius.log_().mul_(_number(-2.0)).sqrt_().mul_(_number(std))
-    angle.copy_(work.angle_words).mul_(_number(math.pi * 2.0**-31))
+    radius.copy_(work.radius_words).abs_().mul_(constant(2.0**-63)).clamp_min_(_SMALLEST_UNIFORM)
+    radius.log_().mul_(constant(-2.0)).sqrt_().mul_(constant(std))
+    angle.copy_(work.angle_words).mul_(constant(math.pi * 2.0**-31))
     cosine, sine = torch.split(out, [pairs, size - pairs], 1)
     torch.cos(angle, out=cosine)
     cosine.mul_(radius)
@@ -251,12 +252,6 @@ def _fill_block(encryptors: Sequence[CipherContext], out: torch.Tensor, std: flo
 
 def _nonce(step: int) -> bytes:
     return step.to_bytes(8, "big") + bytes(8)
-
-
-@lru_cache(maxsize=64)
-def _number(value: float) -> torch.Tensor:
-    """Return a number as torch takes it at once: it would convert a Python number anew at each use."""
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class _Work(NamedTuple):

@@ -45,7 +45,7 @@ LAYERS = (  # an import never points to an earlier line
     ("models", "gateway"),
     ("user_code",),
     ("params", "config", "streams", "manifest", "pictures"),
-    ("errors",),
+    ("errors", "constants"),
 )
 PACKAGES = {"audit", "commands", "data", "pool", "privacy", "training"}  # whose own __init__ holds a docstring
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from fedray.constants import constant
+
 _MARGIN = 1e-6
 LARGEST_NORM = 1e18  # the square of a larger one overflows float32
 _BLOCK = 128  # values whose squares are added in float32
@@ -30,13 +32,13 @@ def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
         A zero norm gives factor 1. A norm that is NaN, infinite or above 1e18 gives factor 0: whoever multiplies must
         select the vector out as well (0 · NaN is NaN), see `select_finite`.
     """
-    factors = norms.reciprocal().mul_(clip_norm * (1.0 - _MARGIN)).clamp_(max=1.0)
-    return torch.where(usable(norms), factors, 0.0).to(torch.float32)
+    factors = torch.div(constant(clip_norm * (1.0 - _MARGIN)), norms).clamp_(max=1.0)
+    return torch.where(usable(norms), factors, constant(0.0)).to(torch.float32)
 
 
 def usable(norms: torch.Tensor) -> torch.Tensor:
     """Tell which norms are numbers of at most 1e18; what is not counts as zero."""
-    return norms <= LARGEST_NORM  # false for NaN
+    return norms <= constant(LARGEST_NORM)  # false for NaN
 
 
 def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

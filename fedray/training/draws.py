@@ -133,9 +133,9 @@ class Draws:
             drawn: Each gateway's records, step after step.
             sizes: `[G, S]`, how many each step has.
         """
-        (num_gateways, num_steps), widths = sizes.shape, sizes.max(0)
+        widths = sizes.max(0)
         ends = np.cumsum(widths)
-        step_of = np.repeat(np.arange(num_steps), widths)
+        step_of = np.repeat(np.arange(len(widths)), widths)
         present = np.arange(ends[-1]) - (ends - widths)[step_of] < sizes[:, step_of]  # [G, W]: steps side by side
         index = np.zeros(present.shape, np.int64)
         index[present] = np.concatenate(drawn)
@@ -146,19 +146,14 @@ class Draws:
             torch.index_select(shard.x, 0, chosen, out=x[row])
             torch.index_select(shard.y, 0, chosen, out=y[row])
         # From gateways, each with all its steps, to steps, each with all gateways.
-        where = np.arange(present.size).reshape(present.shape)
-        order = np.concatenate([part.ravel() for part in np.split(where, ends[:-1], axis=1)])
-        chosen = torch.from_numpy(order)
-        masks = torch.from_numpy(present.ravel()[order].astype(np.float32))
-        flat = (x.flatten(0, 1).index_select(0, chosen), y.flatten(0, 1).index_select(0, chosen), masks)
-        lengths = (num_gateways * widths).tolist()
-        by_step = zip(*(torch.split(values.to(self._device), lengths) for values in flat), strict=True)
+        masks = torch.from_numpy(present.astype(np.float32))
+        by_step = zip(*(torch.split(part.to(self._device), widths.tolist(), 1) for part in (x, y, masks)), strict=True)
         starts = np.cumsum(sizes, axis=1) - sizes
         for step, (x_of, y_of, mask) in enumerate(by_step):
             yield Batch(
-                x=x_of,
-                y=y_of,
-                mask=mask.view(num_gateways, -1),
+                x=x_of.flatten(0, 1),
+                y=y_of.flatten(0, 1),
+                mask=mask.contiguous(),
                 sizes=sizes[:, step],
                 drawn=drawn,
                 starts=starts[:, step],

@@ -326,7 +326,7 @@ def quick_norms(layers: Sequence[StackedLayer], shape: torch.Size, clip_norm: fl
     if not all(layer.factored and layer.a.shape[:2] == shape for layer in layers):
         return None
     factors = torch.stack([row_norms(layer.e) for layer in layers] + [row_norms(layer.a) for layer in layers])
-    if not bool(factors.max() <= _LARGEST_FACTOR * min(1.0, clip_norm)):  # or NaN
+    if not float(factors.max()) <= _LARGEST_FACTOR * min(1.0, clip_norm):  # or NaN
         return None
     e, a = factors.square_().chunk(2)
     # Not sum(0), whose rounding depends on a record's place in the batch.

@@ -6,6 +6,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from fedray.constants import constant
+
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 
 
@@ -61,7 +63,7 @@ class RowAdam:
         if self._own_steps is not None:
             self._step_apart(gradient, rows)
             return
-        self._steps += 1
+        self._steps += constant(1.0)
         # torch.optim would check and group its arguments anew each step, which takes longer than the kernel.
         torch._fused_adam_(
             [self._params],
