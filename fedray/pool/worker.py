@@ -161,11 +161,13 @@ class Worker:
             self._drawing = self._thread.submit(self._trainer.draw_ahead, self._stop_drawing)
 
     def _settle_draws(self) -> None:
-        if self._drawing is not None:
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
             self._stop_drawing.set()
-            self._drawing.result()
-            self._stop_drawing.clear()
-            self._drawing = None
+            try:
+                drawing.result()
+            finally:
+                self._stop_drawing.clear()
 
     def _updates(
         self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]
