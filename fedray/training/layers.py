@@ -202,9 +202,8 @@ class _Affine(StackedLayer):
         return out.view(*a.shape[:-1], -1)
 
     def rows_backward(self, e: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return e W `[G, B(, T), in]`."""
-        rows = e if e.dim() == 3 else e.flatten(1, -2)
-        return torch.bmm(rows, weight).view(*e.shape[:-1], -1)
+        """Return e W `[G, B, T, in]` for a sequence."""
+        return torch.bmm(e.flatten(1, -2), weight).view(*e.shape[:-1], -1)
 
     def squared_norms(self) -> torch.Tensor:
         """See `StackedLayer.squared_norms`.
