@@ -123,6 +123,10 @@ class Orchestrator:
             return self._finish(session, self._rounds(pool, info, curve, session))
         except KeyboardInterrupt:
             raise RunInterruptedError(f"interrupted; the round under way was abandoned.{_remedy(session)}") from None
+        except BrokenPipeError:
+            raise RunFailedError(
+                f"nobody reads standard output any more; use --quiet, or send it to a file.{_remedy(session)}"
+            ) from None
         except OSError as error:
             raise RunFailedError(
                 f"writing the run directory failed ({error}); see to its disk.{_remedy(session)}"

@@ -127,3 +127,20 @@ def test_main_names_gateways_whose_training_diverges(outdir: Path, capsys: pytes
     assert said.startswith("error: gateway 0")
     assert "NaN or infinite in round 1" in said
     assert "lower --lr" in said
+
+
+def test_main_says_so_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    argv = ["--pool", "inline", "--gateways", "2", "--rounds", "2000", "--noise-level", "gateway", "--out", "run"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedray", *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith("round 1/"):
+            assert process.poll() is None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said.count("\n") == 1
+    assert "error: nobody reads standard output any more; use --quiet, or send it to a file." in said
+    assert f"Go on with: python -m fedray --resume {tmp_path / 'run'}" in said

@@ -19,40 +19,41 @@ from fedray.training.layers import StackedLayer
 class Part(Protocol):
     """One step of the sequence."""
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output and keep what the gradient will need."""
+    def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output `[G, B, …]` for the input `[G, B, …]`, and keep what the gradient will need."""
         ...
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """Take the output gradient; return the input gradient when it is needed."""
+    def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """Take the output gradient; return the input gradient, of the input's shape, when it is needed."""
         ...
 
 
 class _Flatten:
-    """nn.Flatten; `Chain` gives gradients the shapes of the values."""
+    """nn.Flatten; records have one more dimension before them here."""
 
     def __init__(self, module: nn.Flatten) -> None:
-        self._module = module
+        self._start, self._end = (dim + 1 if dim > 0 else dim for dim in (module.start_dim, module.end_dim))
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Part.compute`."""
-        return x.flatten(self._module.start_dim, self._module.end_dim)
+    def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Part.grouped_forward`."""
+        self._shape = x.shape
+        return x.flatten(self._start, self._end)
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `Part.catch`."""
-        return e
+    def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `Part.grouped_backward`."""
+        return e.reshape(self._shape)
 
 
 class _ReLU:
     """nn.ReLU, never in place: the first part's input is the data."""
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Part.compute`."""
+    def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Part.grouped_forward`."""
         self._output = torch.relu(x)
         return self._output
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `Part.catch`."""
+    def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `Part.grouped_backward`."""
         found: torch.Tensor = torch.ops.aten.threshold_backward.default(e, self._output, 0)
         return found
 
@@ -60,13 +61,13 @@ class _ReLU:
 class _Tanh:
     """nn.Tanh."""
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Part.compute`."""
+    def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Part.grouped_forward`."""
         self._output = torch.tanh(x)
         return self._output
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `Part.catch`."""
+    def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `Part.grouped_backward`."""
         found: torch.Tensor = torch.ops.aten.tanh_backward.default(e, self._output)
         return found
 
@@ -79,8 +80,9 @@ class Chain:
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
+        first = next((i for i, part in enumerate(parts) if isinstance(part, StackedLayer)), len(parts))
         self._parts = parts
-        self._first = next((i for i, part in enumerate(parts) if isinstance(part, StackedLayer)), len(parts))
+        self._back = [(part, index > first) for index, part in enumerate(parts) if index >= first][::-1]
 
     @classmethod
     def of(cls, module: nn.Module) -> Chain | None:
@@ -90,38 +92,37 @@ class Chain:
             return None
         return cls(parts) if _collect(module, parts) else None
 
-    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return the input, then each part's output."""
-        values = [x]
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output `[G, B, …]` for the input `[G, B, …]`."""
         for part in self._parts:
-            values.append(part.compute(values[-1]))
-        return values
+            x = part.grouped_forward(x)
+        return x
 
     def differentiate(self, loss: Loss, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
         """See `fedray.training.stacking.StackedModel.differentiate`."""
-        values = self.compute(x)
-        gradient = _loss_gradient(loss, values[-1], y, weights)
-        for index in range(len(self._parts) - 1, self._first - 1, -1):
+        gradient = _loss_gradient(loss, self.compute(x), y, weights)
+        for part, input_needed in self._back:
             if gradient is None:  # the loss does not depend on it
                 return
-            gradient = self._parts[index].catch(gradient.reshape(values[index + 1].shape), index > self._first)
+            gradient = part.grouped_backward(gradient, input_needed)
 
 
 def _loss_gradient(loss: Loss, output: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
     """Return the gradient of sum(weights · losses) at the outputs; None when the loss does not depend on them."""
-    if loss is cross_entropy and output.dim() == 2 and y.dim() == 1 and y.dtype == torch.int64:
+    if loss is cross_entropy and output.dim() == 3 and y.dim() == 2 and y.dtype == torch.int64:
         # The default loss at class indices: softmax minus the target. By torch's log_softmax, which is slow on few
         # classes, and its backward pass it takes three times as long; with classes first, which would be quick, rounding
         # depends on a record's place in the batch.
-        found = (output - output.amax(1, keepdim=True)).exp_()
-        found *= (weights / found.sum(1)).unsqueeze(1)
-        found.scatter_add_(1, y.unsqueeze(1), -weights.unsqueeze(1))
+        found = (output - output.amax(2, keepdim=True)).exp_()
+        found *= (weights / found.sum(2)).unsqueeze(2)
+        found.scatter_add_(2, y.unsqueeze(2), -weights.unsqueeze(2))
         return found
     # Copies are no tensors of the inference mode, which autograd refuses; and the user's loss may work in place.
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = output.clone().requires_grad_()
-        total = weighted(loss(leaf.clone(), y.clone()), weights.clone())
-    return torch.autograd.grad(total, leaf, allow_unused=True)[0]
+        leaf = output.flatten(0, 1).clone().requires_grad_()
+        total = weighted(loss(leaf.clone(), y.flatten(0, 1).clone()), weights.flatten().clone())
+    gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
+    return None if gradient is None else gradient.reshape(output.shape)
 
 
 def weighted(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -147,7 +148,7 @@ def _collect(module: nn.Module | None, parts: list[Part]) -> bool:
     elif kind is nn.Sequential:
         # Not children(), which leaves out a module's second use.
         return all(_collect(child, parts) for child in module._modules.values())
-    elif isinstance(module, nn.Flatten) and kind is nn.Flatten:
+    elif isinstance(module, nn.Flatten) and kind is nn.Flatten and module.start_dim != 0:
         parts.append(_Flatten(module))
     elif kind is nn.ReLU:
         parts.append(_ReLU())

@@ -28,8 +28,8 @@ class Batch:
     """One step's records of a group, padded to the largest batch.
 
     Args:
-        x: `[G·B, …]`.
-        y: `[G·B, …]`.
+        x: `[G, B, …]`.
+        y: `[G, B, …]`.
         mask: `[G, B]`, 1 for a record and 0 for padding.
         sizes: `[G]`, records in each gateway's batch.
         drawn: Each gateway's record indices, in this step and others.
@@ -103,14 +103,15 @@ class Draws:
         """Return the batches of all steps; they can be had once."""
         return self._batches
 
-    def fill_noise(self, step: int, out: torch.Tensor) -> None:
-        """Overwrite `out` `[G, P]` with the step's noise."""
+    def noise(self, step: int, memory: torch.Tensor) -> torch.Tensor:
+        """Return the step's noise `[G, P]`, in `memory` unless it was drawn ahead; it can be had once, to be overwritten."""
         if step < len(self._ahead):
-            out.copy_(self._ahead[step])
-        elif out.device.type == "cpu":
-            self._noise.fill(step, out.numpy())
+            return self._ahead[step]
+        if memory.device.type == "cpu":
+            self._noise.fill(step, memory.numpy())
         else:
-            self._noise.fill_on_device(step, out)
+            self._noise.fill_on_device(step, memory)
+        return memory
 
     def _windows(self) -> Iterator[Batch]:
         """Yield the round's batches, gathering records for as many steps at once as the window holds."""
@@ -145,16 +146,8 @@ class Draws:
             chosen = torch.from_numpy(index[row])
             torch.index_select(shard.x, 0, chosen, out=x[row])
             torch.index_select(shard.y, 0, chosen, out=y[row])
-        # From gateways, each with all its steps, to steps, each with all gateways.
         masks = torch.from_numpy(present.astype(np.float32))
         by_step = zip(*(torch.split(part.to(self._device), widths.tolist(), 1) for part in (x, y, masks)), strict=True)
         starts = np.cumsum(sizes, axis=1) - sizes
         for step, (x_of, y_of, mask) in enumerate(by_step):
-            yield Batch(
-                x=x_of.flatten(0, 1),
-                y=y_of.flatten(0, 1),
-                mask=mask.contiguous(),
-                sizes=sizes[:, step],
-                drawn=drawn,
-                starts=starts[:, step],
-            )
+            yield Batch(x=x_of, y=y_of, mask=mask, sizes=sizes[:, step], drawn=drawn, starts=starts[:, step])

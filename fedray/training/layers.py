@@ -94,6 +94,7 @@ class StackedLayer(nn.Module):
         self._targets: dict[str, torch.Tensor] = {}
         self._target_of: torch.Tensor | None = None
         self._gateways = 0
+        self._shape = torch.Size()
         self._anchor = torch.zeros((), requires_grad=True)
         self.a: Any = None
         self.e: Any = None
@@ -151,6 +152,16 @@ class StackedLayer(nn.Module):
     def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """Keep the output gradient; return the input gradient when it is needed."""
         raise NotImplementedError
+
+    def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run `compute` on gateways' records side by side: `[G, B, …]` to `[G, B, …]`."""
+        self._shape = x.shape
+        return self.grouped(self.compute(x.flatten(0, 1)))
+
+    def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """Run `catch` on the gradient of such an output."""
+        found = self.catch(e.flatten(0, 1), input_needed)
+        return None if found is None else found.reshape(self._shape)
 
     def squared_norms(self) -> torch.Tensor:
         """Return the squared norm of each record's gradient in this layer, `[G, B]`."""
@@ -270,9 +281,6 @@ class StackedLinear(_Affine):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """See `StackedLayer.compute`."""
-        if x.dim() == 2 and self._bias is not None:  # the usual case, in as few calls as can be
-            self.a = x.view(self._gateways, -1, x.shape[1])
-            return torch.baddbmm(self._bias, self.a, self._columns).flatten(0, 1)
         a = self.grouped(x)
         if a.dim() > 4:
             a = a.flatten(2, -2)
@@ -286,6 +294,20 @@ class StackedLinear(_Affine):
             return torch.bmm(self.e, self._values["weight"]).flatten(0, 1) if input_needed else None
         self.e = e.reshape(*self.a.shape[:-1], e.shape[-1])
         return self.rows_backward(self.e, self._values["weight"]) if input_needed else None
+
+    def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `StackedLayer.grouped_forward`."""
+        if x.dim() != 3 or self._bias is None:
+            return super().grouped_forward(x)
+        self.a = x  # the usual case, in as few calls as can be
+        return torch.baddbmm(self._bias, x, self._columns)
+
+    def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.grouped_backward`."""
+        if e.dim() != 3 or self._bias is None:
+            return super().grouped_backward(e, input_needed)
+        self.e = e
+        return torch.bmm(e, self._values["weight"]) if input_needed else None
 
     @property
     def factored(self) -> bool:
@@ -331,6 +353,21 @@ def quick_norms(layers: Sequence[StackedLayer], shape: torch.Size, clip_norm: fl
     # Not sum(0), whose rounding depends on a record's place in the batch.
     first, *others = torch.addcmul(e, e, a).unbind()
     return functools.reduce(torch.Tensor.add_, others, first).sqrt_()
+
+
+def quick_sums(layers: Sequence[StackedLayer], factors: torch.Tensor) -> torch.Tensor:
+    """Return the sums over records of factor · gradient `[G, P]` of the layers that `quick_norms` is for.
+
+    Args:
+        layers: Whose parameters, one layer after the other, are the P columns.
+        factors: `[G, B]`.
+    """
+    columns, factors = [], factors.unsqueeze(2)
+    for layer in layers:
+        weighted = layer.e * factors
+        sums = {"weight": torch.bmm(weighted.transpose(1, 2), layer.a).flatten(1), "bias": weighted.sum(1)}
+        columns += [sums[name] for name in layer.slots]
+    return torch.cat(columns, 1)
 
 
 class StackedConv(_Affine):

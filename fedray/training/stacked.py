@@ -24,7 +24,7 @@ from fedray.privacy.clipping import clip_factors, clip_rows, usable
 from fedray.privacy.levels import level_of
 from fedray.streams import RoundKeys
 from fedray.training.draws import Batch, Draws
-from fedray.training.layers import quick_norms
+from fedray.training.layers import quick_norms, quick_sums
 from fedray.training.row_optimizers import new_row_optimizer
 from fedray.training.stacking import StackedModel
 from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
@@ -135,44 +135,42 @@ class StackedTrainer:
         values = sent.repeat(len(gateways), 1)
         self._model.bind(values)
         optimizer = new_row_optimizer(self._training.optimizer, values, self._training.lr, self._divisor)
-        gradient = torch.empty_like(values)
+        memory = torch.empty_like(values)
         for step, batch in enumerate(draws.batches()):
-            rows = self._fill(gradient, gateways, step, batch, draws)
-            if rows is None or len(rows):
-                optimizer.step(gradient, rows)
+            gradient = self._release(memory, gateways, step, batch, draws)
+            if self._local != "plain" or batch.sizes.all():
+                optimizer.step(gradient)
+            elif batch.sizes.any():
+                optimizer.step(gradient, torch.from_numpy(np.flatnonzero(batch.sizes)).to(self._device))
         return values.sub_(sent).cpu().numpy()
 
-    def _fill(
-        self, gradient: torch.Tensor, gateways: Sequence[int], step: int, batch: Batch, draws: Draws
-    ) -> torch.Tensor | None:
-        """Fill the gradient matrix for a step; return the rows that step, or None for all."""
+    def _release(
+        self, memory: torch.Tensor, gateways: Sequence[int], step: int, batch: Batch, draws: Draws
+    ) -> torch.Tensor:
+        """Return the step's gradients `[G, P]` with their noise, times the optimizer's divisor; in `memory` or not."""
         if self._local == "plain":
-            gradient.zero_()
-            self._add_gradients(gradient, batch, 1.0 / np.maximum(batch.sizes, 1))
-            if batch.sizes.all():
-                return None
-            return torch.from_numpy(np.flatnonzero(batch.sizes)).to(self._device)
+            self._add_gradients(memory.zero_(), batch, 1.0 / np.maximum(batch.sizes, 1))
+            return memory
         if self._local == "record" and self.observer is None:
-            draws.fill_noise(step, gradient)
+            gradient = draws.noise(step, memory)
             self._add_clipped_records(gradient, batch)
-            return None
-        gradient.zero_()
+            return gradient
+        gradient = memory.zero_()
         if self._local == "record":
             self._add_clipped_records(gradient, batch)
         else:
             self._add_gradients(gradient, batch, np.full(len(gateways), 1.0 / self._training.privacy.batch_size))
             gradient.copy_(clip_rows(gradient, self._training.privacy.clip_norm))
-        drawn = torch.empty_like(gradient)
-        draws.fill_noise(step, drawn)
+        drawn = draws.noise(step, torch.empty_like(gradient))
         if self.observer is None:
             gradient += drawn
         else:
             self._observe(self.observer, gradient, drawn, gateways, step, batch)
-        return None
+        return gradient
 
     def _add_gradients(self, gradient: torch.Tensor, batch: Batch, scales: npt.NDArray[np.float64]) -> None:
         """Set `gradient`, which is zero, to each gateway's gradient sum times its scale."""
-        if not len(batch.y):
+        if not batch.mask.shape[1]:
             return
         weights = batch.mask * torch.from_numpy(scales.astype(np.float32)).to(self._device).unsqueeze(1)
         self._losses_backward(batch, weights)
@@ -192,7 +190,7 @@ class StackedTrainer:
 
     def _add_clipped_records(self, gradient: torch.Tensor, batch: Batch) -> None:
         """Add each gateway's sum of clipped record gradients (Abadi et al. 2016, Algorithm 1)."""
-        if not len(batch.y):
+        if not batch.mask.shape[1]:
             return
         self._losses_backward(batch, batch.mask)
         layers, clip_norm = self._model.used_layers(), self._training.privacy.clip_norm
@@ -208,12 +206,15 @@ class StackedTrainer:
             if not on_cpu or not bool(usable(norms.max())):
                 for layer in layers:
                     layer.select(usable(norms))
+        elif len(layers) == len(self._model.layers):  # their parameters are the whole vector, in its order
+            gradient += quick_sums(layers, clip_factors(norms, clip_norm))
+            return
         factors = clip_factors(norms, clip_norm)
         for layer in layers:
             layer.add_sums(gradient, factors)
 
     def _losses_backward(self, batch: Batch, weights: torch.Tensor) -> None:
-        self._model.differentiate(self._training.loss, batch.x, batch.y, weights.view(-1))
+        self._model.differentiate(self._training.loss, batch.x, batch.y, weights)
 
     def _observe(
         self,

@@ -54,13 +54,13 @@ class StackedModel:
 
         Args:
             loss: Maps (outputs `[G·B, …]`, y) to losses `[G·B]`.
-            x: `[G·B, …]`.
-            y: `[G·B, …]`.
-            weights: `[G·B]`.
+            x: `[G, B, …]`.
+            y: `[G, B, …]`.
+            weights: `[G, B]`.
         """
         if self.chain is None:
             with torch.enable_grad():
-                total = weighted(loss(self.forward(x), y), weights)
+                total = weighted(loss(self.forward(x.flatten(0, 1)), y.flatten(0, 1)), weights.flatten())
             torch.autograd.grad(total, self._anchor, allow_unused=True)
             return
         for layer in self.layers:
@@ -138,7 +138,9 @@ def _reason_in_a_pass(model: nn.Module, plain: nn.Module, x: torch.Tensor) -> st
             again = plain(x)
             found = stacked.forward(x)
             rows = [layer.a.shape[1] for layer in stacked.layers if layer.a is not None]
-            outputs = [found] if stacked.chain is None else [found, stacked.chain.compute(x)[-1]]
+            outputs = [found]
+            if stacked.chain is not None:
+                outputs.append(stacked.chain.compute(x.view(2, -1, *x.shape[1:])).flatten(0, 1))
     except Unsupported as reason:
         return str(reason)
     except Exception as error:  # the user's forward may do anything with the layers it finds

@@ -44,14 +44,31 @@ class Nodes:
 
     address: str
     ids: list[str]
+    process: subprocess.Popen[str]
+
+    @contextmanager
+    def holding(self, *shares: dict[str, float]) -> Iterator[None]:
+        """Let somebody else hold shares of the cluster's resources meanwhile."""
+        self._hold(shares)
+        try:
+            yield
+        finally:
+            self._hold(())
+
+    def _hold(self, shares: tuple[dict[str, float], ...]) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(shares) + "\n")
+        self.process.stdin.flush()
+        # Ray prints there as well, while it waits for resources.
+        assert any(line == "held\n" for line in iter(self.process.stdout.readline, ""))
 
 
 @contextmanager
-def cluster(*nodes: dict[str, Any], hold: tuple[dict[str, Any], ...] = ()) -> Iterator[Nodes]:
+def cluster(*nodes: dict[str, Any]) -> Iterator[Nodes]:
     """Run a cluster of several nodes; the first is the head."""
-    spec = json.dumps({"nodes": nodes, "hold": hold})
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("many_nodes.py")), spec],
+        [sys.executable, str(Path(__file__).with_name("many_nodes.py")), json.dumps(nodes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,7 +83,7 @@ def cluster(*nodes: dict[str, Any], hold: tuple[dict[str, Any], ...] = ()) -> It
         if not line:
             raise RuntimeError(process.communicate(timeout=60)[1])
         started = json.loads(line)
-        yield Nodes(started["address"], started["nodes"])
+        yield Nodes(started["address"], started["nodes"], process)
     finally:
         process.stdin.close()
         try:

@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: it lives until standard input closes.
 
-The argument is JSON: {"nodes": [{"num_cpus", "num_gpus", "env"}, …], "hold": [{"num_cpus", "num_gpus"}, …]}; the first
-node is the head, and each "hold" is an actor that takes its share before anybody else can. Prints one line of JSON.
+The argument is JSON: [{"num_cpus", "num_gpus", "env"}, …]; the first node is the head. Prints one line of JSON. Each line
+of standard input is a list [{"num_cpus", "num_gpus"}, …] of what actors hold from now on, in place of what they held;
+"held" is printed when they do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from typing import Any
 
 import ray
@@ -24,13 +26,13 @@ class Holder:
         """Return when it holds them."""
 
 
-def main(spec: dict[str, Any]) -> None:
+def main(nodes: list[dict[str, Any]]) -> None:
     """Run the cluster."""
     # Socket paths must stay below 107 bytes: pytest's own temporary directories are too long.
     place = tempfile.mkdtemp(prefix="fc", dir="/tmp")
     cluster = Cluster()
     ids = []
-    for number, node in enumerate(spec["nodes"]):
+    for number, node in enumerate(nodes):
         env = node.pop("env", {})
         os.environ.update(env)
         head: dict[str, Any] = {"_temp_dir": place} if number == 0 else {}
@@ -38,14 +40,18 @@ def main(spec: dict[str, Any]) -> None:
         ids.append(cluster.add_node(include_dashboard=False, **options).node_id)
         for name in env:
             del os.environ[name]
-    holders = []
-    if spec.get("hold"):
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        for held in spec["hold"]:
-            holders.append(ray.remote(Holder).options(**held).remote())
-        ray.get([holder.ready.remote() for holder in holders])
     print(json.dumps({"address": cluster.address, "nodes": ids}), flush=True)
-    sys.stdin.read()
+    holders: list[Any] = []
+    for line in sys.stdin:
+        if not ray.is_initialized():
+            ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        for holder in holders:
+            ray.kill(holder)
+        while ray.available_resources().get("GPU") != ray.cluster_resources()["GPU"]:
+            time.sleep(0.05)
+        holders = [ray.remote(Holder).options(**held).remote() for held in json.loads(line)]
+        ray.get([holder.ready.remote() for holder in holders])
+        print("held", flush=True)
     ray.shutdown()
     cluster.shutdown()
     shutil.rmtree(place, ignore_errors=True)

@@ -138,7 +138,7 @@ def per_layer_clipping(patch: Patch, engine: str) -> None:
     if engine == "stacked":
 
         def mutated_records(self: Any, gradient: torch.Tensor, batch: Any) -> None:
-            if len(batch.y):
+            if batch.mask.shape[1]:
                 self._losses_backward(batch, batch.mask)
                 for layer in self._model.used_layers():
                     norms = layer.squared_norms().sqrt()

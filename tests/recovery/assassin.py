@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -84,39 +85,55 @@ class Losses(logging.Handler):
 
 
 class Assassin(threading.Thread):
-    """Kills a random actor (SIGKILL) at random times.
+    """Kills a random actor (SIGKILL) at random instants of a run, counted in rounds, so that none comes after its end.
 
     Args:
-        rng: Chooses victims and times.
-        shots: How many it kills at most.
-        longest_s: The longest time between two shots.
+        rng: Chooses victims and instants.
+        shots: How many it kills.
+        rounds: Of the run; no shot waits for the last of them to end.
+        round_s: About how long a round takes, in seconds.
     """
 
-    def __init__(self, rng: random.Random, shots: int, longest_s: float) -> None:
+    def __init__(self, rng: random.Random, shots: int, rounds: int, round_s: float) -> None:
         super().__init__(daemon=True)
         self.kills = 0
-        self._rng, self._shots, self._longest_s = rng, shots, longest_s
-        self._over = threading.Event()
+        self._rng, self._round_s = rng, round_s
+        self._instants = sorted(rng.uniform(0, rounds - 1) for _ in range(shots))
+        self._done = [threading.Event() for _ in range(rounds + 1)]
+        self._done[0].set()
+        self._over = False
+
+    def round_is_over(self, round_index: int) -> None:
+        """Note that this round (from 1) has ended."""
+        self._done[round_index].set()
 
     def run(self) -> None:
-        """Kill until `stop`."""
-        while self.kills < self._shots and not self._over.wait(self._rng.uniform(0, self._longest_s)):
-            pids = actor_pids()
-            if pids:
-                try:
-                    os.kill(self._rng.choice(pids), signal.SIGKILL)
-                    self.kills += 1
-                except ProcessLookupError:
-                    continue
+        """Kill, until `stop`."""
+        for instant in self._instants:
+            self._done[int(instant)].wait()
+            time.sleep(instant % 1 * self._round_s)
+            while not self._over and not self._kill():
+                time.sleep(0.001)  # the last victim's successor is still to come
+
+    def _kill(self) -> bool:
+        pids = actor_pids()
+        if pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._rng.choice(pids), signal.SIGKILL)
+                self.kills += 1
+                return True
+        return False
 
     def stop(self) -> None:
         """Kill no more."""
-        self._over.set()
+        self._over = True
+        for event in self._done:
+            event.set()
         self.join()
 
 
 class _Opening(Clock):
-    """Lets the assassin loose when the actors are ready."""
+    """Lets the assassin loose when the actors are ready, and tells it of the rounds."""
 
     def __init__(self, assassin: Assassin) -> None:
         self._assassin = assassin
@@ -125,6 +142,10 @@ class _Opening(Clock):
         """Start the clock and the assassin."""
         super().start(title, rows, warnings)
         self._assassin.start()
+
+    def round(self, record: dict[str, Any], rounds: int) -> None:
+        """Tell that a round is over."""
+        self._assassin.round_is_over(record["round"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +169,13 @@ def attack(out: Path, seed: int, span_s: float, shots: int = 1, **changes: Any) 
     Args:
         out: The run directory.
         seed: Chooses victims and times.
-        span_s: Seconds that the rounds take when nothing happens; shots fall within them.
-        shots: How many at most.
+        span_s: Seconds that the rounds take when nothing happens.
+        shots: How many.
         changes: To the job.
     """
     losses, log = Losses(), logging.getLogger("fedray")
-    assassin = Assassin(random.Random(seed), shots, span_s)
+    rounds = changes.get("rounds", JOB["rounds"])
+    assassin = Assassin(random.Random(seed), shots, rounds, span_s / rounds)
     opening = _Opening(assassin)
     log.addHandler(losses)
     try:

@@ -62,6 +62,17 @@ class Block(nn.Module):
         return self.head(x.mean(dim=1))
 
 
+class Idle(nn.Module):
+    """A model with a layer that its outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
 class InPlace(nn.Module):
     """Changes a layer's output in place (Opacus' hooks refuse that)."""
 
@@ -102,6 +113,7 @@ def _frozen() -> nn.Module:
 MODELS: dict[str, tuple[Maker, tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES, bias=False)), (6,)),
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, CLASSES)), (6,)),
+    "linear_idle": (Idle, (6,)),
     "linear_alone": (lambda: nn.Linear(6, CLASSES), (6,)),
     "linear_short_sequence": (
         lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Flatten(), nn.Linear(18, CLASSES)),
@@ -309,10 +321,10 @@ def test_chain_catches_what_autograd_catches(name: str, loss: Loss, broken: bool
     model = StackedModel(CHAINS[name](), CPU)
     random = torch.Generator().manual_seed(2)
     model.bind(torch.randn(2, model.num_params, generator=random))
-    x, y = torch.randn(8, 3, 4, generator=random), torch.randint(0, CLASSES, (8,), generator=random)
+    x, y = torch.randn(2, 4, 3, 4, generator=random), torch.randint(0, CLASSES, (2, 4), generator=random)
     if broken:
-        x[1], x[5, 0] = torch.nan, 3e38
-    kept, weights = x.clone(), torch.linspace(0.0, 1.0, 8)
+        x[0, 1], x[1, 1, 0] = torch.nan, 3e38
+    kept, weights = x.clone(), torch.linspace(0.0, 1.0, 8).view(2, 4)
     assert model.chain is not None
     model.differentiate(loss, x, y, weights)
     found = [(layer.a, layer.e) for layer in model.layers]
