@@ -47,7 +47,9 @@ def main(nodes: list[dict[str, Any]]) -> None:
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         for holder in holders:
             ray.kill(holder)
+        deadline = time.monotonic() + 60
         while ray.available_resources().get("GPU") != ray.cluster_resources()["GPU"]:
+            assert time.monotonic() < deadline, "somebody else holds GPUs as well"
             time.sleep(0.05)
         holders = [ray.remote(Holder).options(**held).remote() for held in json.loads(line)]
         ray.get([holder.ready.remote() for holder in holders])

@@ -138,6 +138,7 @@ def test_resume_ends_as_undisturbed_when_killed_at_random_instants(level: str, d
         if code == 0:
             span_s = min(span_s, time.monotonic() - began)  # it was over before the shot
         if not run.exists():
+            span_s *= 1.1  # the machine may be slower than before
             assert in_child(train, run, **changes) == 0
         else:
             within += code == -9
