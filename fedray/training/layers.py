@@ -297,14 +297,14 @@ class StackedLinear(_Affine):
 
     def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
         """See `StackedLayer.grouped_forward`."""
-        if x.dim() != 3 or self._bias is None:
+        if x.dim() != 3:
             return super().grouped_forward(x)
         self.a = x  # the usual case, in as few calls as can be
-        return torch.baddbmm(self._bias, x, self._columns)
+        return torch.bmm(x, self._columns) if self._bias is None else torch.baddbmm(self._bias, x, self._columns)
 
     def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """See `StackedLayer.grouped_backward`."""
-        if e.dim() != 3 or self._bias is None:
+        if e.dim() != 3:
             return super().grouped_backward(e, input_needed)
         self.e = e
         return torch.bmm(e, self._values["weight"]) if input_needed else None
