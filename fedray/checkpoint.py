@@ -1,7 +1,7 @@
 """A run directory: created by one rename, appended to durably, its checkpoints replaced atomically, read back with care.
 
-Knows how bytes reach the disk and whether they are still the same, not what they mean. A checkpoint is a directory of its
-own that appears by one rename and describes all it depends on: config, metrics so far, ledger so far, keys. What does not
+Knows how bytes reach the disk and whether they are still the same, not what they mean. A checkpoint is one safetensors file
+that appears by one rename and describes all it depends on: config, metrics so far, ledger so far, keys. What does not
 agree with the newest good checkpoint is damaged, and is named.
 """
 
@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
@@ -36,7 +35,7 @@ from fedray.streams import commitment
 
 _UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it should the newest be damaged
-_STATE, _DESCRIPTION, _ROUND_KEY = "state.safetensors", "state.json", "round.key"
+_PARAMS, _DESCRIPTION, _ROUND_KEY = "params", "description", "round_key"  # in a checkpoint
 _SETUP_KEY, _LEDGER_HEAD, _IDENTITY = "setup.key", "ledger.json", "identity.json"
 
 
@@ -64,8 +63,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name of its directory; later states sort after earlier ones."""
-        return f"{self.round:08d}-{self.generation:04d}"
+        """Name of its file; later states sort after earlier ones."""
+        return f"{self.round:08d}-{self.generation:04d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +122,9 @@ class RunDirectory:
                 (building.path / "checkpoint").mkdir()
                 _write(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
                 _write(building.path / "checkpoint" / _IDENTITY, _sealed(identity))
-                building.note_ledger(state.ledger_length, state.ledger_head)
+                building.note_ledger(Ledger(None))
                 building._setup_commitment = commitment(setup_key)
-                building.save(state)
+                building.save(state, Ledger(None))
                 if path.exists():
                     path.rmdir()  # an empty directory that the user made
                 building.path.rename(path)
@@ -168,11 +167,10 @@ class RunDirectory:
                 raise InputError(f"{path} cannot be locked ({error}); it must be a file that you may write.") from error
             yield
 
-    def note_ledger(self, length: int, head: str) -> None:
-        """Remember the ledger's length and head outside of it, so that a line lost at its end is found."""
-        _replace(
-            self.path / "checkpoint" / _LEDGER_HEAD, _sealed({"length": length, "head": head}), sync_directory=False
-        )
+    def note_ledger(self, ledger: Ledger) -> None:
+        """Remember the ledger's length and head outside of it, so that a line lost at its end is found; see `save`."""
+        note = _sealed({"length": len(ledger), "head": ledger.head})
+        _replace(self.path / "checkpoint" / _LEDGER_HEAD, note, sync_directory=False)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one round's line to metrics.jsonl, durably: the checkpoint that follows counts on it."""
@@ -199,38 +197,36 @@ class RunDirectory:
                 file.write(line)
                 self._private.add(line)
 
-    def save(self, state: Checkpoint) -> None:
-        """Write a checkpoint beside the last one, then drop those before that."""
-        root = self.path / "checkpoint"
-        building, final = root / f".{state.name}", root / state.name
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(mode=0o700)
-        arrays = save_arrays({"params": state.params})
-        _write(building / _STATE, arrays)
+    def save(self, state: Checkpoint, ledger: Ledger) -> None:
+        """Write a checkpoint beside the last one, then drop those before that.
+
+        Args:
+            state: After a round.
+            ledger: As it is now; it may have grown since.
+        """
         description = {
             "round": state.round,
             "generation": state.generation,
             "ledger_length": state.ledger_length,
             "ledger_head": state.ledger_head,
-            "state_sha256": hashlib.sha256(arrays).hexdigest(),
+            "length": len(ledger),
+            "head": ledger.head,
+            "params_sha256": hashlib.sha256(state.params.data).hexdigest(),
             "metrics_size": self._metrics_size,
             "metrics_sha256": self._metrics_hash.hexdigest(),
             "setup_key_commitment": self._setup_commitment,
             "round_key_commitment": None if state.round_key is None else commitment(state.round_key),
             "config": dict(state.card),
         }
-        _write(building / _DESCRIPTION, _sealed(description))
+        texts = {_DESCRIPTION: _sealed(description).decode()}
         if state.round_key is not None:
-            _write(building / _ROUND_KEY, state.round_key.hex().encode(), mode=0o600)
-        _sync_directory(building)
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
-        _sync_directory(root)
+            texts[_ROUND_KEY] = state.round_key.hex()
+        _write_checkpoint(self.path / "checkpoint" / state.name, state.params, texts)
         self._drop_old_checkpoints()
 
     def _drop_old_checkpoints(self) -> None:
         for old in _checkpoints(self.path / "checkpoint")[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            old.unlink()
 
     def restore(self, mend: bool = True) -> Restored:
         """Read the newest good checkpoint.
@@ -245,9 +241,9 @@ class RunDirectory:
         ledger = self._read_ledger()
         ended = (self.path / "privacy.json").exists()  # written before the keys go
         problems: list[str] = []
-        for folder in reversed(_checkpoints(root)):
+        for file in reversed(_checkpoints(root)):
             try:
-                checkpoint, description = _read_checkpoint(folder, key_may_be_gone=ended)
+                checkpoint, description = _read_checkpoint(file, key_may_be_gone=ended)
                 setup_key = _read_key(root / _SETUP_KEY, description["setup_key_commitment"])
                 history = self._read_metrics(description)
             except DamagedRunError as error:
@@ -257,11 +253,12 @@ class RunDirectory:
             if finished and (problems or self._metrics.stat().st_size != description["metrics_size"]):
                 problems.append(f"{root} lacks the checkpoint of the last round; restore it.")
                 break  # without its key nothing can go on from an earlier round
-            if not ledger.holds(checkpoint.ledger_length, checkpoint.ledger_head):
-                raise DamagedRunError(
-                    f"{self.ledger}: {len(ledger)} lines do not continue the {checkpoint.ledger_length} that checkpoint "
-                    f"{folder.name} counted; lines were changed or lost: restore the file."
-                )
+            for prefix in ("ledger_", ""):
+                if not ledger.holds(description[f"{prefix}length"], description[f"{prefix}head"]):
+                    raise DamagedRunError(
+                        f"{self.ledger} has {len(ledger)} lines that do not continue the {description[f'{prefix}length']} "
+                        f"that {file.name} counted; lines were changed or lost: restore the file."
+                    )
             self._setup_commitment = description["setup_key_commitment"]
             if mend:
                 self._mend(checkpoint, description["metrics_size"])
@@ -298,10 +295,16 @@ class RunDirectory:
         _replace(self.path / "model.safetensors", save_tensors(tensors))
 
     def forget_keys(self) -> None:
-        """Unlink the round keys: what was drawn can no longer be drawn again."""
+        """Put checkpoints without round keys in the place of those with: what was drawn can no longer be drawn again."""
         self._drop_old_checkpoints()  # a crash may have come between a checkpoint and this
-        for key in (self.path / "checkpoint").glob(f"*/{_ROUND_KEY}"):
-            key.unlink()
+        for file in _checkpoints(self.path / "checkpoint"):
+            try:
+                texts, params = _contents(file)
+            except DamagedRunError:
+                file.unlink()  # older than the one that the run ended with; who knows what it holds
+                continue
+            if texts.keys() != {_DESCRIPTION}:
+                _write_checkpoint(file, params, {_DESCRIPTION: texts.get(_DESCRIPTION, "")})
 
     def reopen(self) -> None:
         """Drop what only a finished run holds, because more rounds follow."""
@@ -348,27 +351,41 @@ class RunDirectory:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(root / name for name in os.listdir(root) if name.endswith(".safetensors") and name[0] != ".")
 
 
-def _read_checkpoint(folder: Path, key_may_be_gone: bool) -> tuple[Checkpoint, dict[str, Any]]:
+def _write_checkpoint(path: Path, params: npt.NDArray[np.float32], texts: Mapping[str, str]) -> None:
+    # Private, as it may hold a key; so is what is left of it should a crash come before it has its name.
+    _replace(path, save_arrays({_PARAMS: params}, dict(texts)), mode=0o600)
+
+
+def _contents(path: Path) -> tuple[dict[str, str], npt.NDArray[np.float32]]:
+    """Return the texts of a checkpoint's file and its parameters `[P]`, unchecked.
+
+    Raises:
+        DamagedRunError: It is no checkpoint.
+    """
     try:
-        description = _unsealed((folder / _DESCRIPTION).read_bytes())
-        arrays = (folder / _STATE).read_bytes()
-    except (OSError, ValueError) as error:
-        raise DamagedRunError(
-            f"{folder / _DESCRIPTION} or {_STATE} is damaged ({error}); restore the folder."
-        ) from error
-    if hashlib.sha256(arrays).hexdigest() != description["state_sha256"]:
-        raise DamagedRunError(f"{folder / _STATE} is damaged; restore the file.")
-    expected = description["round_key_commitment"]
-    key = None
-    if expected is not None and not (key_may_be_gone and not (folder / _ROUND_KEY).exists()):
-        key = _read_key(folder / _ROUND_KEY, expected)
+        with safe_open(path, "numpy") as file:
+            texts, params = file.metadata(), file.get_tensor(_PARAMS)
+        if texts is None or params.dtype != np.float32 or params.ndim != 1:
+            raise ValueError("it holds something else")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
+    return texts, params
+
+
+def _read_checkpoint(path: Path, key_may_be_gone: bool) -> tuple[Checkpoint, dict[str, Any]]:
+    texts, params = _contents(path)
     try:
-        params = load_arrays(arrays)["params"]
-    except (SafetensorError, KeyError) as error:
-        raise DamagedRunError(f"{folder / _STATE} is damaged ({error}); restore the file.") from error
+        description = _unsealed(texts.get(_DESCRIPTION, "").encode())
+    except ValueError as error:
+        raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
+    if hashlib.sha256(params.data).hexdigest() != description["params_sha256"]:
+        raise DamagedRunError(f"{path} is damaged (its checksum does not fit); restore the file.")
+    expected, key = description["round_key_commitment"], None
+    if expected is not None and not (key_may_be_gone and _ROUND_KEY not in texts):
+        key = _key_of(texts.get(_ROUND_KEY, ""), expected, path)
     checkpoint = Checkpoint(
         round=description["round"],
         generation=description["generation"],
@@ -383,8 +400,16 @@ def _read_checkpoint(folder: Path, key_may_be_gone: bool) -> tuple[Checkpoint, d
 
 def _read_key(path: Path, expected: str | None) -> bytes:
     try:
-        key = bytes.fromhex(path.read_bytes().decode("ascii"))
+        text = path.read_bytes().decode("ascii")
     except (OSError, ValueError) as error:
+        raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
+    return _key_of(text, expected, path)
+
+
+def _key_of(text: str, expected: str | None, path: Path) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError as error:
         raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
     if not key or commitment(key) != expected:
         raise DamagedRunError(f"{path} is damaged: it is not the key that the run used; restore the file.")
@@ -449,9 +474,9 @@ def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, data: bytes, sync_directory: bool = True) -> None:
+def _replace(path: Path, data: bytes, sync_directory: bool = True, mode: int = 0o644) -> None:
     building = path.with_name(f".{path.name}")
-    _write(building, data)
+    _write(building, data, mode)
     building.replace(path)
     if sync_directory:
         _sync_directory(path.parent)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from fedray import manifest
 from fedray.config import RunConfig
 from fedray.errors import InputError
@@ -69,7 +71,23 @@ def is_finished(path: Path) -> bool:
         raise InputError(f"{path} is no run directory (it holds none of {', '.join(manifest.FILES)}); name one.")
     if (path / manifest.NAME).exists():
         return True
-    return (path / "privacy.json").exists() and not list((path / "checkpoint").glob("*/*key"))
+    texts = [checkpoint_texts(file) for file in checkpoints(path)]
+    return (path / "privacy.json").exists() and all(found is not None and "round_key" not in found for found in texts)
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints of a run directory, oldest first."""
+    return sorted((path / "checkpoint").glob("0*.safetensors"))
+
+
+def checkpoint_texts(file: Path) -> dict[str, str] | None:
+    """Return the texts that a checkpoint holds beside the parameters; None when it is damaged."""
+    try:
+        with safe_open(file, "numpy") as opened:
+            texts: dict[str, str] | None = opened.metadata()
+    except (OSError, SafetensorError):
+        return None
+    return texts
 
 
 def is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedray.evidence import RunSettings, UntrueError, lines_of, parsed
+from fedray.evidence import RunSettings, UntrueError, checkpoint_texts, checkpoints, lines_of, parsed
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import GENESIS
 
@@ -115,12 +115,14 @@ def _check_charge(entry: Mapping[str, Any], number: int, settings: RunSettings) 
 
 
 def _check_checkpoints(path: Path, heads: list[str]) -> None:
-    for file in [*sorted((path / "checkpoint").glob("*/state.json")), path / "checkpoint" / "ledger.json"]:
-        prefix = "ledger_" if file.name == "state.json" else ""
+    note = path / "checkpoint" / "ledger.json"
+    notes = {file: (checkpoint_texts(file) or {}).get("description", "") for file in checkpoints(path)}
+    notes[note] = note.read_text(errors="replace") if note.exists() else ""
+    for file, text in notes.items():
         try:
-            seen = json.loads(file.read_bytes().partition(b"\n")[0])  # a seal follows
-            length, head = seen[f"{prefix}length"], seen[f"{prefix}head"]
-        except (OSError, ValueError, TypeError, KeyError):
+            seen = json.loads(text.partition("\n")[0])  # a seal follows
+            length, head = seen["length"], seen["head"]
+        except (ValueError, TypeError, KeyError):
             continue  # what is damaged there is no evidence; a run goes on from the checkpoint before
         if type(length) is not int or not 0 <= length < len(heads) or heads[length] != head:
             raise UntrueError(f"is not what {file.relative_to(path)} counted: lines were changed or lost.")

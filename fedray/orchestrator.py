@@ -156,13 +156,14 @@ class Orchestrator:
                 clock.lap("charge")
                 pool.begin(keys, session.params, cohort)
                 clock.lap("broadcast")
-                session.note_ledger()  # the charge itself is on the disk already
                 publisher.flush()  # score, metrics and checkpoint of the round before, while gateways train
+                session.note_ledger()  # the charge itself is on the disk already
                 clock.lap("publish")
                 results = pool.collect()
                 clock.lap("train")
                 total, weight, arrived = gather(results, plan.layout, device)
                 keys = self._settle(session, curve, keys, cohort, arrived, results)
+                del results  # so that the object store can use their memory for the next ones
                 mean = mechanism.aggregate(plan.spec, keys, total, weight, ranges_of(arrived))
                 session.advance(index, server.step(session.params, mean), round_key)
                 clock.lap("aggregate")

@@ -66,7 +66,7 @@ def not_covered(spec: PrivacySpec, disjoint: bool, extended: bool) -> list[str]:
         "while data are checked",
         "timings and failures that depend on data",
         "floating-point attacks (Mironov 2012): the noise is float32",
-        "the computational security of AES, on which the noise rests, and the tail of the noise beyond 9.4 standard "
+        "the computational security of AES, on which the noise rests, and the tail of the noise beyond 9.3 standard "
         "deviations, which is cut",
     ]
     if level_of(spec).local == "record":

@@ -6,7 +6,7 @@ Under a round key, `RoundKeys` names a stream by purpose, gateway, round and att
 is the AES-256-CTR keystream under that key (NIST SP 800-38A), so its words are computationally indistinguishable from
 uniform ones.
 
-The normals of a stream follow Box and Muller (1958): a 64-bit word gives the radius (so the tail is cut at 9.4 standard
+The normals of a stream follow Box and Muller (1958): a 64-bit word gives the radius (so the tail is cut at 9.3 standard
 deviations and not before), a 32-bit word the angle. They are laid out in blocks, and a vector's bits depend only on
 (key, step, length): not on how many vectors are drawn together.
 """
@@ -35,7 +35,7 @@ KEY_BYTES = 32
 # Normals are made in blocks of this many pairs: enough to spread the cost of a call, few enough to stay in a cache.
 PAIRS_PER_BLOCK = 65536
 _BYTES_PER_PAIR = 12  # 8 for the radius, then 4 for the angle
-_SMALLEST_UNIFORM = 2.0**-64  # for the word 0, half the smallest other word: radius 9.42
+_SMALLEST_SQUARE = 2.0**-126  # of the uniform value, for the word 0: radius 9.35
 _SHAPES_KEPT = 8  # of blocks, whose views are made once
 _ZEROS = memoryview(bytes(PAIRS_PER_BLOCK * _BYTES_PER_PAIR))
 
@@ -237,9 +237,10 @@ def _fill_block(encryptors: Sequence[CipherContext], out: torch.Tensor, std: flo
     for encryptor, row in zip(encryptors, work.keystream, strict=True):
         encryptor.update_into(work.zeros, row)
     radius, angle = work.radius, work.angle
-    # The magnitude of a signed word over 2^63 is uniform on [0, 1].
-    radius.copy_(work.radius_words).abs_().mul_(constant(2.0**-63)).clamp_min_(_SMALLEST_UNIFORM)
-    radius.log_().mul_(constant(-2.0)).sqrt_().mul_(constant(std))
+    # The magnitude u of a signed word over 2^63 is uniform on [0, 1]; -2 log u is -log u².
+    radius.copy_(work.radius_words)
+    torch.addcmul(constant(_SMALLEST_SQUARE), radius, radius, value=2.0**-126, out=radius)
+    radius.log_().neg_().sqrt_().mul_(constant(std))
     angle.copy_(work.angle_words).mul_(constant(math.pi * 2.0**-31))
     cosine, sine = torch.split(out, [pairs, size - pairs], 1)
     torch.cos(angle, out=cosine)

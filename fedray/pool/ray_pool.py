@@ -257,7 +257,8 @@ class RayPool:
         results: dict[int, GroupResult] = {}
         while current.pending:
             left = max(0.0, current.deadline - time.monotonic())
-            ready, _ = self._ray.wait(list(current.pending), num_returns=1, timeout=left)
+            # Not fetch_local: `get` fetches, and asking twice takes time.
+            ready, _ = self._ray.wait(list(current.pending), num_returns=1, timeout=left, fetch_local=False)
             if not ready:
                 self._give_up_on(current)
             for call in ready:

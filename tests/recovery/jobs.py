@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fedray
+from fedray.evidence import checkpoint_texts, checkpoints
 from fedray.verification import examine
 
 SMALL: dict[str, Any] = {
@@ -106,6 +107,12 @@ class DiskWatch:
 def lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON lines of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def round_keys(run: Path) -> int:
+    """Return how many checkpoints of a run directory hold a round key, or cannot be read."""
+    texts = [checkpoint_texts(file) for file in checkpoints(run)]
+    return sum(found is None or "round_key" in found for found in texts)
 
 
 def timeless_metrics(path: Path) -> list[dict[str, Any]]:

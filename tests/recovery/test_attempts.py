@@ -29,7 +29,7 @@ def cut_off_after_charge(run: Path, round_index: int, changes: dict[str, Any]) -
 
     class Watch(DiskWatch):
         def _count(self, what: str, path: str, descriptor: int | None = None) -> None:
-            if f".{round_index - 1:08d}" in what and what.startswith("os.mkdir"):
+            if f".{round_index - 1:08d}" in what and what.startswith("open"):
                 self._fatal = len(self.log)
             super()._count(what, path, descriptor)
 

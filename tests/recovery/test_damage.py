@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fedray.errors import DamagedRunError, InputError
-from tests.recovery.jobs import DiskWatch, assert_true, in_child, lines, outcome, resume, train
+from fedray.evidence import checkpoint_texts, checkpoints
+from tests.recovery.jobs import DiskWatch, assert_true, in_child, lines, outcome, resume, round_keys, train
 
 ROUNDS = 4
 
@@ -21,7 +23,7 @@ def cut_off(run: Path) -> None:
     class Watch(DiskWatch):
         def _count(self, what: str, path: str, descriptor: int | None = None) -> None:
             if "00000003" in what and what.startswith("os.rename"):
-                self._fatal = len(self.log) + 4
+                self._fatal = len(self.log) + 3  # a sync and a removal later
             super()._count(what, path, descriptor)
 
     Watch(run, None).start()
@@ -39,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("damage") / "unfinished"
     assert in_child(cut_off, path) == -9
-    assert len(list(path.glob("checkpoint/*/round.key"))) == 2
+    assert round_keys(path) == 2
     assert len(lines(path / "ledger.jsonl")) == ROUNDS
     return path
 
@@ -125,33 +127,52 @@ def test_resume_keeps_a_charged_line_whose_newline_is_damaged(unfinished: Path, 
 
 
 def test_resume_never_takes_an_earlier_checkpoint_of_a_finished_run_for_its_end(finished: Path, disk: Path) -> None:
-    newest = max(path.name for path in (finished / "checkpoint").iterdir() if path.is_dir())
     for harm in ("damaged", "gone"):
         run = disk / harm
         shutil.copytree(finished, run)
+        newest = checkpoints(run)[-1]
         if harm == "gone":
-            shutil.rmtree(run / "checkpoint" / newest)
+            newest.unlink()
         else:
-            (run / "checkpoint" / newest / "state.json").write_bytes(b"{}")
+            newest.write_bytes(b"{}")
         for changes in ({}, {"rounds": ROUNDS + 2}):
             with pytest.raises(DamagedRunError, match="checkpoint"):
                 resume(run, **changes)
         assert len(lines(run / "metrics.jsonl")) == ROUNDS
 
 
+def without_key(checkpoint: Path) -> None:
+    texts = checkpoint_texts(checkpoint) or {}
+    del texts["round_key"]
+    save_file(load_file(checkpoint), checkpoint, texts)
+
+
 def test_resume_falls_back_when_a_round_key_is_missing(unfinished: Path, finished: Path, disk: Path) -> None:
     shutil.copytree(unfinished, disk / "run")
-    max((disk / "run" / "checkpoint").glob("*/round.key")).unlink()
+    without_key(checkpoints(disk / "run")[-1])
     resume(disk / "run")
     assert outcome(disk / "run") == outcome(finished)
 
 
-def test_resume_names_the_round_key_when_all_are_missing(unfinished: Path, disk: Path) -> None:
+def test_resume_names_the_checkpoint_when_all_round_keys_are_missing(unfinished: Path, disk: Path) -> None:
     shutil.copytree(unfinished, disk / "run")
-    for key in (disk / "run" / "checkpoint").glob("*/round.key"):
-        key.unlink()
-    with pytest.raises(DamagedRunError, match=r"round\.key"):
+    for checkpoint in checkpoints(disk / "run"):
+        without_key(checkpoint)
+    with pytest.raises(DamagedRunError, match=r"00000003-0000\.safetensors is damaged: it is not the key"):
         resume(disk / "run")
+
+
+def test_the_end_of_a_run_leaves_no_key_in_a_damaged_checkpoint(unfinished: Path, disk: Path) -> None:
+    """The older one is damaged so that it cannot be read, and the newest one is the run's last."""
+    run = disk / "run"
+    train(run, rounds=2)
+    shutil.copy(checkpoints(unfinished)[0], run / "checkpoint" / "00000001-0000.safetensors")
+    key = (checkpoint_texts(run / "checkpoint" / "00000001-0000.safetensors") or {})["round_key"].encode()
+    with (run / "checkpoint" / "00000001-0000.safetensors").open("r+b") as file:
+        file.write(b"\xff")
+    resume(run)
+    assert [path.name for path in checkpoints(run)] == ["00000002-0000.safetensors"]
+    assert not any(key in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "privacy.json", "manifest.json"])

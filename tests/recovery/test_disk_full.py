@@ -40,10 +40,10 @@ def fill_up(run: Path, said: Path, what: str) -> None:
         elif what == "model":
             RunDirectory.write_model = limited(RunDirectory.write_model, lambda self, state: Path("none"))  # type: ignore[method-assign]
 
-    def from_state_3(self: RunDirectory, state: Any) -> None:
+    def from_state_3(self: RunDirectory, state: Any, ledger: Any) -> None:
         if what == "checkpoint" and state.round == 3:
             checkpoint._write = limited(checkpoint._write, lambda path, data, mode=0: Path("none"))
-        save(self, state)
+        save(self, state, ledger)
 
     append, save = RunDirectory.append_metrics, RunDirectory.save
     RunDirectory.append_metrics = from_round_3  # type: ignore[method-assign]
@@ -65,7 +65,7 @@ def test_run_ends_intact_when_the_disk_is_full(what: str, disk: Path) -> None:
     assert error.startswith("error: writing the run directory failed ([Errno 27] File too large")
     assert f"Go on with: python -m fedray --resume {run}" in error
     done = 5 if what == "model" else 2
-    assert max(path.name for path in (run / "checkpoint").glob("0*")) == f"{done:08d}-0000"
+    assert max(path.name for path in (run / "checkpoint").glob("0*")) == f"{done:08d}-0000.safetensors"
     assert len((run / "ledger.jsonl").read_bytes().splitlines()) >= done
     charged = sum(b'"charge"' in line for line in (run / "ledger.jsonl").read_bytes().split(b"\n"))
     resume(run)

@@ -18,9 +18,10 @@ from torch import nn
 import fedray
 from fedray.cli import main
 from fedray.errors import InputError
+from fedray.evidence import checkpoints
 from fedray.report import format_epsilon
 from fedray.session import Session
-from tests.recovery.jobs import assert_true, in_child, lines, outcome, resume, train
+from tests.recovery.jobs import assert_true, in_child, lines, outcome, resume, round_keys, train
 from tests.recovery.test_attempts import cut_off_after_charge
 
 RNG = np.random.default_rng(0)
@@ -48,8 +49,8 @@ def stop_own(run: Path, **settings: Any) -> None:
     """Be killed when the first round is saved."""
     save = fedray.checkpoint.RunDirectory.save
 
-    def last(self: Any, state: Any) -> None:
-        save(self, state)
+    def last(self: Any, state: Any, ledger: Any) -> None:
+        save(self, state, ledger)
         if state.round == 1:
             os.kill(os.getpid(), 9)
 
@@ -170,17 +171,20 @@ def test_identity_holds_no_plain_digest_of_shards(stopped: Path) -> None:
 
 
 def test_round_keys_are_private_and_gone_when_the_run_ends(stopped: Path, disk: Path) -> None:
-    keys = [*stopped.glob("checkpoint/*/round.key"), stopped / "checkpoint" / "setup.key"]
+    keys = [*checkpoints(stopped), stopped / "checkpoint" / "setup.key"]
     assert len(keys) == 3
+    assert round_keys(stopped) == 2
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
     shutil.copytree(stopped, disk / "run")
     own(resume=disk / "run")
-    assert not list((disk / "run").rglob("round.key"))
+    assert checkpoints(disk / "run")
+    assert not round_keys(disk / "run")
 
 
 def test_no_keep_key_keeps_no_round_key_and_gives_up_resume(disk: Path) -> None:
     assert in_child(stop_own, disk / "run", no_keep_key=True) == -9
-    assert not list((disk / "run").rglob("round.key"))
+    assert checkpoints(disk / "run")
+    assert not round_keys(disk / "run")
     with pytest.raises(InputError, match="--no-keep-key"):
         own(resume=disk / "run")
 
@@ -258,7 +262,7 @@ def test_extension_draws_a_fresh_root_and_records_it(finished: Path, disk: Path)
         assert any(
             "rounds: they were added after results had been seen" in line for line in extended.privacy["not_covered"]
         )
-        assert not list(run.rglob("round.key"))
+        assert not round_keys(run)
         assert_true(run)
         results.append((lines(run / "ledger.jsonl")[2]["inputs"], (run / "model.safetensors").read_bytes()))
     assert results[0][0] != results[1][0]  # the operating system's randomness, not the old root

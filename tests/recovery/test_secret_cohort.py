@@ -18,7 +18,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 import fedray
 from fedray.cli import main
 from fedray.privacy.accounting import gaussian_epsilon
-from tests.recovery.jobs import SMALL, assert_true, in_child, lines, outcome, train
+from tests.recovery.jobs import SMALL, assert_true, in_child, lines, outcome, round_keys, train
 
 MILLION: dict[str, Any] = {
     "gateways": 1_000_000,
@@ -86,7 +86,7 @@ def test_no_file_but_the_private_one_tells_the_cohort(million: Path) -> None:
     run = million / "run"
     assert stat.S_IMODE((run / "private.jsonl").stat().st_mode) == 0o600
     public = [file for file in run.rglob("*") if file.is_file() and file.name not in ("private.jsonl", "setup.key")]
-    assert not list(run.rglob("round.key"))
+    assert not round_keys(run)
     for cohort in cohorts(run):
         ids = [str(gateway) for gateway in cohort if gateway > 10_000]
         for file in public:
