@@ -13,7 +13,8 @@ import torch
 from fedray.errors import RunFailedError
 from fedray.params import Layout
 
-_BLOCK = 65_536  # values
+_BLOCK = 16_384  # values
+_ROWS = 16  # on a GPU at a time
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
@@ -40,62 +41,85 @@ class GroupResult:
 
 
 def weighted_sum(
-    rows: Sequence[Float32Array], weights: Sequence[float], device: torch.device, start: Float64Array | None = None
+    rows: Sequence[Float32Array | Float64Array],
+    weights: Sequence[float],
+    device: torch.device,
+    start: Float64Array | None = None,
 ) -> Float64Array:
     """Return the weighted sum of updates in float64, one after the other.
 
     Args:
-        rows: Updates `[P]`, in gateway order, at least one.
+        rows: Updates or sums of updates, `[P]` each, in gateway order, at least one.
         weights: One a row.
         device: Where to add up: the orchestrator's GPU when it has one.
         start: Sum to go on from (updated in place), or None.
     """
     if device.type == "cuda":
-        matrix = torch.from_numpy(np.stack(rows)).to(device).double()
-        matrix *= torch.tensor(weights, dtype=torch.float64, device=device).unsqueeze(1)
-        result: Float64Array = matrix.sum(dim=0).cpu().numpy()
+        result = matrix_sum(rows, weights, device)
         return result if start is None else np.add(start, result, out=start)
-    total = np.zeros(rows[0].shape, np.float64) if start is None else start
+    total = np.empty(rows[0].shape, np.float64) if start is None else start
     for first in range(0, len(total), _BLOCK):  # a block of the sum stays in the cache while all rows are added
         block = total[first : first + _BLOCK]
+        if start is None:
+            block.fill(0.0)
         for row, weight in zip(rows, weights, strict=True):
             part = row[first : first + _BLOCK]
             block += part if weight == 1.0 else part * np.float64(weight)
     return total
 
 
+def matrix_sum(
+    rows: Sequence[Float32Array | Float64Array], weights: Sequence[float], device: torch.device
+) -> Float64Array:
+    """Return `weighted_sum` by a few operations on matrices, whose order of adding up is the device's."""
+    total = torch.zeros(len(rows[0]), dtype=torch.float64, device=device)
+    for first in range(0, len(rows), _ROWS):
+        matrix = torch.from_numpy(np.stack(rows[first : first + _ROWS])).to(device).double()
+        own = torch.tensor(weights[first : first + _ROWS], dtype=torch.float64, device=device)
+        total += (matrix * own.unsqueeze(1)).sum(dim=0)
+    found: Float64Array = total.cpu().numpy()
+    return found
+
+
 def gather(
-    results: Sequence[GroupResult], layout: Layout, device: torch.device
+    results: Sequence[GroupResult], layout: Layout, device: torch.device, round_index: int = 1
 ) -> tuple[Float64Array, float, list[int]]:
-    """Add up the groups' updates in gateway order.
+    """Add up the groups' updates in gateway order, in one pass over the memory that they take.
 
     Args:
         results: In gateway order.
         layout: Of the orchestrator's model.
         device: Where to add up.
+        round_index: For messages.
 
     Returns:
         The sum `[P]`, the sum of the weights, and the gateways that arrived.
 
     Raises:
-        RunFailedError: A group answered with another layout or shape, or with a sum that is not finite.
+        RunFailedError: A group answered with another layout or shape, or with values that are not finite.
     """
-    total = np.zeros(layout.num_params, np.float64)
+    rows: list[Float32Array | Float64Array] = []
+    row_weights: list[float] = []
     weight = 0.0
     for result in results:
         if not result.gateways:
             continue
-        _check(result, layout)
+        values = _values(result, layout)
         weights = result.weights or [1.0] * len(result.gateways)
         weight += sum(weights)
-        if result.updates is not None:
-            weighted_sum(list(result.updates), weights, device, total)
-        elif result.total is not None:
-            total += result.total
+        rows += [values] if result.updates is None else list(values)
+        row_weights += [1.0] if result.updates is None else weights
+    total = weighted_sum(rows, row_weights, device) if rows else np.zeros(layout.num_params)
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(total.sum())  # cheap; it may overflow, so the values themselves decide
+    if suspicious:
+        for result in results:
+            _check_finite(result, round_index)
     return total, weight, [gateway for result in results for gateway in result.gateways]
 
 
-def _check(result: GroupResult, layout: Layout) -> None:
+def _values(result: GroupResult, layout: Layout) -> npt.NDArray[Any]:
+    """Return what a group answered with, in the form that it must have."""
     names = f"gateways {result.gateways[0]}–{result.gateways[-1]}"
     if result.layout_digest != layout.digest:
         raise RunFailedError(
@@ -110,12 +134,20 @@ def _check(result: GroupResult, layout: Layout) -> None:
         raise RunFailedError(
             f"{names} answered with an array of shape {shape} instead of {wanted}; it was not averaged."
         )
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = not np.isfinite(values.sum())  # cheap; it may overflow, so the values themselves decide
-    if suspicious and not (finite := np.isfinite(values)).all():
-        bad = np.flatnonzero(~finite.all(axis=1)).tolist() if finite.ndim == 2 else []
-        culprits = f"gateway {', '.join(str(result.gateways[row]) for row in bad)}" if bad else names
-        raise RunFailedError(f"{culprits} answered with NaN or infinite values; they were not averaged.")
+    return values
+
+
+def _check_finite(result: GroupResult, round_index: int) -> None:
+    values = result.updates if result.total is None else result.total
+    if values is None or (finite := np.isfinite(values)).all():
+        return
+    bad = np.flatnonzero(~finite.all(axis=1)).tolist() if finite.ndim == 2 else []
+    culprits = ", ".join(str(result.gateways[row]) for row in bad)
+    names = f"gateway {culprits}" if bad else f"gateways {result.gateways[0]}–{result.gateways[-1]}"
+    raise RunFailedError(
+        f"{names} answered with NaN or infinite values in round {round_index}; they were not averaged: perhaps "
+        "local training diverged; lower --lr, or use --on-failure drop."
+    )
 
 
 @dataclass

@@ -161,7 +161,7 @@ class Orchestrator:
                 clock.lap("publish")
                 results = pool.collect()
                 clock.lap("train")
-                total, weight, arrived = gather(results, plan.layout, device)
+                total, weight, arrived = gather(results, plan.layout, device, index)
                 keys = self._settle(session, curve, keys, cohort, arrived, results)
                 del results  # so that the object store can use their memory for the next ones
                 mean = mechanism.aggregate(plan.spec, keys, total, weight, ranges_of(arrived))
@@ -293,7 +293,9 @@ def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ra
         "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability(), os.sysconf("SC_PHYS_PAGES")),
         "memory_limit": plan.config.memory_limit,
     }
-    return hashlib.sha256(json.dumps(constants, sort_keys=True).encode() + params.tobytes()).hexdigest()
+    found = hashlib.sha256(json.dumps(constants, sort_keys=True).encode())
+    found.update(params.data)
+    return found.hexdigest()
 
 
 def _remedy(session: Session | None) -> str:

@@ -125,7 +125,7 @@ def test_main_names_gateways_whose_training_diverges(outdir: Path, capsys: pytes
     assert main([*argv, "--samples-per-gateway", "64", "--out", str(outdir)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: gateway 0")
-    assert "NaN or infinite in round 1" in said
+    assert "NaN or infinite values in round 1" in said
     assert "lower --lr" in said
 
 

@@ -3,8 +3,8 @@
     PYTHON transfer.py WORKLOAD.json RESULT.json
 
 The pool and its actors are the real ones; only local training is replaced by an answer that is there already. A round
-is timed from the driver's parameters to the driver's view of all updates: object store, the call of each actor, its
-checks of the updates. The float64 sum that follows is timed apart (`sum_seconds`), as it moves nothing between
+is timed from the driver's parameters to the driver's view of all updates: object store, the call of each actor. The
+float64 sum that follows, and the check that it is finite, are timed apart (`sum_seconds`), as they move nothing between
 processes. Bytes: the vector once out, one update of its size back per actor. memcpy copies as many between buffers that
 have been touched before, on one thread: the fastest that it can be.
 """
@@ -94,7 +94,7 @@ def time_rounds(job: workload.Workload) -> Times:
             pool.begin(keys, params, range(job.processes))
             results = pool.collect()
             marks.append(time.perf_counter())
-            total, _, _ = gather(results, layout, torch.device("cpu"))
+            total, _, _ = gather(results, layout, torch.device("cpu"), index)
             del results  # as the orchestrator does
             marks.append(time.perf_counter())
             for _ in range(1 + job.processes):

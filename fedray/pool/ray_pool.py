@@ -264,7 +264,7 @@ class RayPool:
             for call in ready:
                 index = current.pending.pop(call)
                 try:
-                    results[index] = self._ray.get(call)
+                    results[index] = self._ray.get(call, timeout=max(1.0, current.deadline - time.monotonic()))
                 except self._ray.exceptions.RayTaskError as error:
                     raise self._failure(
                         error, list(current.pending), f"train round {current.keys.round_index}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +26,6 @@ from fedray.training.trainer import LocalTraining, Trainer
 Engine = Literal["opacus", "stacked"]
 _LARGEST_STACK_BYTES = 32 * 2**20  # of updates held at a time
 _LARGEST_ANSWER_BYTES = 100_000  # of updates; past it an actor answers with their sum, which is quicker to send
-_LOWEST_PRIORITY = 19
 _CPU = torch.device("cpu")
 _Rows = npt.NDArray[np.float32] | list[npt.NDArray[np.float32] | GatewayError]
 
@@ -106,9 +104,9 @@ class Worker:
         self._trainer = new_trainer(setup.engine, setup.model, setup.training, device, max(limit // 2, 1))
         self._layout = Layout.of(setup.model)
         self._largest_stack = min(limit // 4, _LARGEST_STACK_BYTES)
-        self._thread = ThreadPoolExecutor(max_workers=1, initializer=_step_back)  # starts when it has work
+        self._thread = ThreadPoolExecutor(max_workers=1)  # starts when it has work
         self._drawing: Future[None] | None = None
-        self._stop_drawing = threading.Event()
+        self._stop_drawing = Event()
 
     def load(self, gateways: Sequence[int], key: bytes) -> dict[int, str]:
         """Load and check shards before the first round; return their MACs under `key`.
@@ -134,19 +132,20 @@ class Worker:
         self._settle_draws()
         weighted = self._setup.training.privacy.weights == "records"
         together = max(1, self._largest_stack // (4 * self._layout.num_params))
+        stack_bytes = len(gateways) * 4 * self._layout.num_params
+        as_sum = len(gateways) > together or (len(gateways) > 2 and stack_bytes > _LARGEST_ANSWER_BYTES)
         arrived: list[int] = []
         weights: list[float] = []
         failures: list[str] = []
         total: npt.NDArray[np.float64] | None = None
         updates = np.empty((0, self._layout.num_params), np.float32)
         for first in range(0, len(gateways), together):
-            part, updates, refused = self._updates(keys, params, gateways[first : first + together])
+            part, updates, refused = self._updates(keys, params, gateways[first : first + together], look=as_sum)
             failures += refused
             own = [float(self._shards[gateway].num_records) if weighted else 1.0 for gateway in part]
             arrived += part
             weights += own
-            stack_bytes = len(gateways) * 4 * self._layout.num_params
-            if len(gateways) > together or (len(gateways) > 2 and stack_bytes > _LARGEST_ANSWER_BYTES):
+            if as_sum:
                 total = weighted_sum(list(updates), own, _CPU, np.zeros(len(params)) if total is None else total)
         return GroupResult(
             gateways=tuple(arrived),
@@ -172,9 +171,13 @@ class Worker:
                 self._stop_drawing.clear()
 
     def _updates(
-        self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]
+        self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int], look: bool
     ) -> tuple[list[int], npt.NDArray[np.float32], list[str]]:
-        """Return who arrived, their updates, and what was wrong with the others."""
+        """Return who arrived, their updates, and what was wrong with the others.
+
+        The orchestrator finds values that are not finite when it adds up, and says whose they are, but not in a sum; so
+        without `look` they are left to it where nothing else is asked of updates, which spares a pass over a large model.
+        """
         rows: _Rows | None = None
         try:
             rows = self._trainer.train(keys, params, gateways, self._shards)
@@ -184,7 +187,8 @@ class Worker:
         if rows is None:  # outside the handler, so that the user's traceback does not show the first attempt as well
             # One by one, to find whose fault it is: a gateway's round does not depend on who trains beside it.
             rows = self._one_by_one(keys, params, gateways)
-        problems = self._problems(rows, gateways, keys.round_index)
+        look = look or self._setup.drop_failures or self._setup.max_update_norm is not None
+        problems = self._problems(rows, gateways, keys.round_index) if look or isinstance(rows, list) else {}
         if problems and not self._setup.drop_failures:
             raise next(iter(problems.values()))
         good = [row for row in range(len(gateways)) if row not in problems]
@@ -231,12 +235,6 @@ class Worker:
                     f"{limit:g}; look at its data, or use --on-failure drop."
                 )
         return found
-
-
-def _step_back() -> None:
-    """Let others run first: what this thread does early has time, and the orchestrator between two rounds has none."""
-    if sys.platform == "linux":  # elsewhere priorities are those of processes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def _norm(row: npt.NDArray[np.float32]) -> float:

@@ -14,12 +14,13 @@ LARGEST_NORM = 1e18  # the square of a larger one overflows float32
 _BLOCK = 128  # values whose squares are added in float32
 
 
-def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+def clip_factors(norms: torch.Tensor, clip_norm: float, *, all_usable: bool = False) -> torch.Tensor:
     """Return the factors that bring vectors of these norms into the ball of radius C (Abadi et al. 2016, Algorithm 1).
 
     Args:
         norms: L2 norms, any shape, float32 or float64.
         clip_norm: C > 0.
+        all_usable: Whether the caller has seen that every norm is usable, which spares some calls; `norms` are float32.
 
     Returns:
         Factors in [0, 1], the shape of `norms`, float32.
@@ -33,6 +34,8 @@ def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
         select the vector out as well (0 · NaN is NaN), see `select_finite`.
     """
     factors = torch.div(constant(clip_norm * (1.0 - _MARGIN)), norms).clamp_(max=1.0)
+    if all_usable:
+        return factors
     return torch.where(usable(norms), factors, constant(0.0)).to(torch.float32)
 
 

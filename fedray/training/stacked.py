@@ -207,7 +207,7 @@ class StackedTrainer:
                 for layer in layers:
                     layer.select(usable(norms))
         elif len(layers) == len(self._model.layers):  # their parameters are the whole vector, in its order
-            gradient += quick_sums(layers, clip_factors(norms, clip_norm))
+            gradient += quick_sums(layers, clip_factors(norms, clip_norm, all_usable=True))
             return
         factors = clip_factors(norms, clip_norm)
         for layer in layers:

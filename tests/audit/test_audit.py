@@ -79,7 +79,7 @@ def test_audit_flags_half_the_noise_of_the_reference_trainer(level: str) -> None
 
 
 def test_audit_flags_missing_clipping_of_records() -> None:
-    with mock.patch("fedray.training.stacked.clip_factors", lambda norms, _clip_norm: torch.ones_like(norms)):
+    with mock.patch("fedray.training.stacked.clip_factors", lambda norms, _clip_norm, **_: torch.ones_like(norms)):
         assert "T5 out-of-distribution record" in flagged(audit_of("sample"))
 
 

@@ -118,7 +118,7 @@ def aggregate_noise_ignores_who_arrived(patch: Patch, engine: str) -> None:
 
 def no_clipping(patch: Patch, engine: str) -> None:
     """Every factor is 1 (non-finite vectors are still selected out)."""
-    replace_everywhere(patch, clipping.clip_factors, lambda norms, clip_norm: torch.isfinite(norms).float())
+    replace_everywhere(patch, clipping.clip_factors, lambda norms, clip_norm, **_: torch.isfinite(norms).float())
 
 
 def non_finite_let_through(patch: Patch, engine: str) -> None:
@@ -126,7 +126,7 @@ def non_finite_let_through(patch: Patch, engine: str) -> None:
     replace_everywhere(
         patch,
         clipping.clip_factors,
-        lambda norms, clip_norm: (clip_norm / norms).clamp(max=1.0).float(),
+        lambda norms, clip_norm, **_: (clip_norm / norms).clamp(max=1.0).float(),
     )
     replace_everywhere(patch, clipping.select_finite, lambda values, norms: values)
     for layer in (layers.StackedLayer, layers.StackedConv):

@@ -248,6 +248,7 @@ def test_clip_factors_leave_small_vectors_alone() -> None:
     """Factor 1 for norms below C and for zero; 0 for NaN and infinity."""
     norms = torch.tensor([0.0, 0.5, 2.0, 4.0, math.nan, math.inf])
     np.testing.assert_allclose(clip_factors(norms, 2.0), [1, 1, 1, 0.5, 0, 0], rtol=2e-6)
+    assert torch.equal(clip_factors(norms[:4], 2.0, all_usable=True), clip_factors(norms[:4], 2.0))
 
 
 def test_clip_rows_keep_direction() -> None:

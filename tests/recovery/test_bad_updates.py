@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fedray
-from fedray.aggregation import GroupResult, gather
+from fedray.aggregation import GroupResult, gather, matrix_sum, weighted_sum
 from fedray.errors import RunFailedError
 from fedray.models import build
 from fedray.params import Layout
@@ -51,8 +51,8 @@ def total_of(values: np.ndarray) -> GroupResult:
             "gateways 4–6 answered with an array",
         ),
         (replace(answer(), updates=None), "gateways 4–6 answered with an array of shape None"),
-        (spoiled(np.nan), "gateway 5 answered with NaN or infinite values"),
-        (spoiled(np.inf), "gateway 5 answered with NaN or infinite values"),
+        (spoiled(np.nan), "gateway 5 answered with NaN or infinite values in round 3"),
+        (spoiled(np.inf), "gateway 5 answered with NaN or infinite values in round 3"),
         (spoiled(-np.inf, row=2), "gateway 6 answered with NaN or infinite values"),
         (total_of(np.full(LAYOUT.num_params, np.nan)), "gateways 4–6 answered with NaN or infinite values"),
         (total_of(np.zeros(3)), r"gateways 4–6 answered with an array of shape \(3,\)"),
@@ -60,11 +60,11 @@ def total_of(values: np.ndarray) -> GroupResult:
 )
 def test_gather_refuses_a_bad_answer_and_names_its_gateways(bad: GroupResult, words: str) -> None:
     with pytest.raises(RunFailedError, match=words):
-        gather([answer((0, 1)), bad], LAYOUT, CPU)
+        gather([answer((0, 1)), bad], LAYOUT, CPU, 3)
 
 
 def test_gather_takes_values_whose_sum_overflows() -> None:
-    total, weight, arrived = gather([answer(value=3e38)], LAYOUT, CPU)
+    total, weight, arrived = gather([answer(value=3e38)], LAYOUT, CPU, 3)
     assert np.isfinite(total).all()
     assert (weight, arrived) == (3.0, [4, 5, 6])
 
@@ -74,8 +74,37 @@ def test_gather_adds_stacks_and_sums_alike() -> None:
     updates = rng.normal(size=(3, LAYOUT.num_params)).astype(np.float32)
     stack = replace(answer(), updates=updates)
     summed = total_of(updates.astype(np.float64).sum(axis=0))
-    first, second = (gather([result], LAYOUT, CPU)[0] for result in (stack, summed))
+    first, second = (gather([result], LAYOUT, CPU, 3)[0] for result in (stack, summed))
     assert np.allclose(first, second, rtol=1e-12, atol=1e-12)
+
+
+def test_gather_adds_up_in_gateway_order_whatever_the_answers_are() -> None:
+    """Stacks, sums and empty groups, of records' weights: the sum is that of all rows, one after the other, bit for bit."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(7, LAYOUT.num_params)).astype(np.float32)
+    weights = rng.integers(1, 9, size=7).astype(float).tolist()
+    summed = weighted_sum(list(rows[2:4]), weights[2:4], CPU)
+    results = [
+        replace(answer((0, 1)), updates=rows[:2], weights=tuple(weights[:2])),
+        replace(answer(()), updates=rows[:0], weights=()),
+        replace(answer((2, 3)), updates=None, total=summed, weights=tuple(weights[2:4])),
+        replace(answer((4, 5, 6)), updates=rows[4:], weights=tuple(weights[4:])),
+    ]
+    total, weight, arrived = gather(results, LAYOUT, CPU, 3)
+    expected = np.zeros(LAYOUT.num_params)
+    for part in [*(rows[:2] * np.array(weights[:2])[:, None]), summed, *(rows[4:] * np.array(weights[4:])[:, None])]:
+        expected += part
+    assert total.tobytes() == expected.tobytes()
+    assert (weight, arrived) == (sum(weights), list(range(7)))
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_matrix_sum_is_the_weighted_sum(num_rows: int) -> None:
+    """What a GPU runs, here on a CPU."""
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=33).astype(np.float32) for _ in range(num_rows)]
+    weights = rng.uniform(0.5, 2, size=num_rows).tolist()
+    np.testing.assert_allclose(matrix_sum(rows, weights, CPU), weighted_sum(rows, weights, CPU), rtol=1e-12, atol=1e-12)
 
 
 def test_run_averages_nothing_of_a_bad_answer(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +120,9 @@ def test_run_averages_nothing_of_a_bad_answer(disk: Path, monkeypatch: pytest.Mo
         return results
 
     monkeypatch.setattr(InlinePool, "collect", bad)
-    with pytest.raises(RunFailedError, match="gateway 3 answered with NaN"):
+    with pytest.raises(
+        RunFailedError, match=r"gateway 3 answered with NaN or infinite values in round 2; .* lower --lr"
+    ):
         train(disk / "run")
     assert len(lines(disk / "run" / "metrics.jsonl")) == 1
     assert len(lines(disk / "run" / "ledger.jsonl")) == 2  # charged, as it was started

@@ -19,6 +19,7 @@ from fedray.errors import GatewayError
 from fedray.models import Loss, cross_entropy
 from fedray.params import Layout
 from fedray.pool.worker import Engine, new_trainer
+from fedray.privacy.clipping import usable
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
 from fedray.streams import RoundKeys
 from fedray.training.layers import Slot, StackedLinear, quick_norms
@@ -380,6 +381,15 @@ def test_quick_norms_are_those_of_float64(scale_a: float, scale_e: float) -> Non
     assert found is not None
     expected = torch.stack([layer.squared_norms() for layer in layers]).sum(0).sqrt()
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_quick_norms_are_usable_up_to_the_largest_inputs() -> None:
+    """At 1e8·C, past which they are refused, as many layers as 1000 stay below the norm that counts as infinite."""
+    value = torch.full((3, 40, 1), 9.99e7)
+    found = quick_norms([Kept(value, value)] * 1000, torch.Size((3, 40)), 1.0)
+    assert found is not None
+    assert bool(usable(found).all())
+    assert quick_norms([Kept(value * 1.01, value)], torch.Size((3, 40)), 1.0) is None
 
 
 @pytest.mark.parametrize(
