@@ -109,8 +109,8 @@ def gather(
         weight += sum(weights)
         rows += [values] if result.updates is None else list(values)
         row_weights += [1.0] if result.updates is None else weights
-    total = weighted_sum(rows, row_weights, device) if rows else np.zeros(layout.num_params)
     with np.errstate(over="ignore", invalid="ignore"):
+        total = weighted_sum(rows, row_weights, device) if rows else np.zeros(layout.num_params)
         suspicious = not np.isfinite(total.sum())  # cheap; it may overflow, so the values themselves decide
     if suspicious:
         for result in results:

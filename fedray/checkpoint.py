@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
@@ -122,7 +123,7 @@ class RunDirectory:
                 (building.path / "checkpoint").mkdir()
                 _write(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
                 _write(building.path / "checkpoint" / _IDENTITY, _sealed(identity))
-                building.note_ledger(Ledger(None))
+                _write(building.path / "checkpoint" / _LEDGER_HEAD, _note(Ledger(None)))
                 building._setup_commitment = commitment(setup_key)
                 building.save(state, Ledger(None))
                 if path.exists():
@@ -168,9 +169,13 @@ class RunDirectory:
             yield
 
     def note_ledger(self, ledger: Ledger) -> None:
-        """Remember the ledger's length and head outside of it, so that a line lost at its end is found; see `save`."""
-        note = _sealed({"length": len(ledger), "head": ledger.head})
-        _replace(self.path / "checkpoint" / _LEDGER_HEAD, note, sync_directory=False)
+        """Remember the ledger's length and head outside of it, so that a line lost at its end is found.
+
+        In place and by one write, which a kill does not tear: a note is never shorter than the one before. It is not
+        synced, as each checkpoint holds a note that is.
+        """
+        with (self.path / "checkpoint" / _LEDGER_HEAD).open("r+b") as file:
+            file.write(_note(ledger))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one round's line to metrics.jsonl, durably: the checkpoint that follows counts on it."""
@@ -295,16 +300,15 @@ class RunDirectory:
         _replace(self.path / "model.safetensors", save_tensors(tensors))
 
     def forget_keys(self) -> None:
-        """Put checkpoints without round keys in the place of those with: what was drawn can no longer be drawn again."""
-        self._drop_old_checkpoints()  # a crash may have come between a checkpoint and this
-        for file in _checkpoints(self.path / "checkpoint"):
-            try:
-                texts, params = _contents(file)
-            except DamagedRunError:
-                file.unlink()  # older than the one that the run ended with; who knows what it holds
-                continue
-            if texts.keys() != {_DESCRIPTION}:
-                _write_checkpoint(file, params, {_DESCRIPTION: texts.get(_DESCRIPTION, "")})
+        """Leave one checkpoint, without its round key: what was drawn can no longer be drawn again."""
+        root = self.path / "checkpoint"
+        newest = _checkpoints(root)[-1]
+        for other in root.glob("*.safetensors"):  # hidden ones too, which a crash left unfinished
+            if other != newest:
+                other.unlink()
+        texts, params = _contents(newest)
+        if texts.keys() != {_DESCRIPTION}:
+            _write_checkpoint(newest, params, {_DESCRIPTION: texts[_DESCRIPTION]})
 
     def reopen(self) -> None:
         """Drop what only a finished run holds, because more rounds follow."""
@@ -366,13 +370,14 @@ def _contents(path: Path) -> tuple[dict[str, str], npt.NDArray[np.float32]]:
         DamagedRunError: It is no checkpoint.
     """
     try:
-        with safe_open(path, "numpy") as file:
-            texts, params = file.metadata(), file.get_tensor(_PARAMS)
-        if texts is None or params.dtype != np.float32 or params.ndim != 1:
-            raise ValueError("it holds something else")
-    except (OSError, SafetensorError, ValueError) as error:
+        data = path.read_bytes()
+        params = load_arrays(data)[_PARAMS]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
-    return texts, params
+    if params.dtype != np.float32 or params.ndim != 1:
+        raise DamagedRunError(f"{path} is damaged (it holds something else); restore the file.")
+    return header.get("__metadata__") or {}, params
 
 
 def _read_checkpoint(path: Path, key_may_be_gone: bool) -> tuple[Checkpoint, dict[str, Any]]:
@@ -414,6 +419,10 @@ def _key_of(text: str, expected: str | None, path: Path) -> bytes:
     if not key or commitment(key) != expected:
         raise DamagedRunError(f"{path} is damaged: it is not the key that the run used; restore the file.")
     return key
+
+
+def _note(ledger: Ledger) -> bytes:
+    return _sealed({"length": len(ledger), "head": ledger.head})
 
 
 def _sealed(value: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -117,7 +118,8 @@ def _check_charge(entry: Mapping[str, Any], number: int, settings: RunSettings) 
 def _check_checkpoints(path: Path, heads: list[str]) -> None:
     note = path / "checkpoint" / "ledger.json"
     notes = {file: (checkpoint_texts(file) or {}).get("description", "") for file in checkpoints(path)}
-    notes[note] = note.read_text(errors="replace") if note.exists() else ""
+    with contextlib.suppress(OSError):
+        notes[note] = note.read_text(errors="replace")
     for file, text in notes.items():
         try:
             seen = json.loads(text.partition("\n")[0])  # a seal follows

@@ -156,8 +156,8 @@ class Orchestrator:
                 clock.lap("charge")
                 pool.begin(keys, session.params, cohort)
                 clock.lap("broadcast")
-                publisher.flush()  # score, metrics and checkpoint of the round before, while gateways train
                 session.note_ledger()  # the charge itself is on the disk already
+                publisher.flush()  # score, metrics and checkpoint of the round before, while gateways train
                 clock.lap("publish")
                 results = pool.collect()
                 clock.lap("train")

@@ -104,7 +104,7 @@ class Publisher:
             "samples_per_s": cohort * config.local_steps * config.batch_size / outcome.seconds["total"],
         }
         self._session.files.append_metrics(record)
-        self._session.save(checkpoint)
+        self._session.files.save(checkpoint, self._session.ledger)
         self._session.history.append(record)
         self._progress.round(record, config.rounds)
         self._tracker.log(record)

@@ -207,7 +207,7 @@ class Session:
     card: Mapping[str, Any]
     keep_key: bool
     device: str
-    noted: int = 0  # lines of the ledger that are remembered outside of it
+    noted: int = 0  # lines of the ledger that `note_ledger` has seen
 
     @classmethod
     def open(
@@ -281,7 +281,7 @@ class Session:
         )
         self.note_ledger()
         self.card = {**self.card, "config": {**self.card["config"], "rounds": config.rounds}}
-        self.save(self.checkpoint())
+        self.files.save(self.checkpoint(), self.ledger)
         self.files.reopen()
         self.files.write_json("config.json", self.card)
 
@@ -300,15 +300,10 @@ class Session:
         return len(self.ledger) > 0
 
     def note_ledger(self) -> None:
-        """Remember the ledger's length outside of it, unless a checkpoint does."""
+        """Remember the ledger's length outside of it."""
         if len(self.ledger) > self.noted:
             self.files.note_ledger(self.ledger)
             self.noted = len(self.ledger)
-
-    def save(self, state: Checkpoint) -> None:
-        """Write a checkpoint, which remembers the ledger's length too."""
-        self.files.save(state, self.ledger)
-        self.noted = len(self.ledger)
 
     def advance(self, index: int, params: npt.NDArray[np.float32], round_key: bytes) -> None:
         """A round is done."""

@@ -257,14 +257,19 @@ class RayPool:
         results: dict[int, GroupResult] = {}
         while current.pending:
             left = max(0.0, current.deadline - time.monotonic())
-            # Not fetch_local: `get` fetches, and asking twice takes time.
-            ready, _ = self._ray.wait(list(current.pending), num_returns=1, timeout=left, fetch_local=False)
+            # On one machine there is nothing to fetch, and asking for it takes time.
+            ready, _ = self._ray.wait(
+                list(current.pending), num_returns=1, timeout=left, fetch_local=len(self._nodes) > 1
+            )
             if not ready:
                 self._give_up_on(current)
             for call in ready:
                 index = current.pending.pop(call)
                 try:
                     results[index] = self._ray.get(call, timeout=max(1.0, current.deadline - time.monotonic()))
+                except self._ray.exceptions.GetTimeoutError:  # it is on a machine that joined since, and does not come
+                    current.pending[call] = index
+                    self._give_up_on(current)
                 except self._ray.exceptions.RayTaskError as error:
                     raise self._failure(
                         error, list(current.pending), f"train round {current.keys.round_index}"

@@ -127,7 +127,7 @@ class Worker:
         """Train gateways for one round.
 
         Raises:
-            GatewayError: The user's code failed, or a gateway's update is not finite.
+            GatewayError: The user's code failed, or an update is refused, see `_updates`.
         """
         self._settle_draws()
         weighted = self._setup.training.privacy.weights == "records"

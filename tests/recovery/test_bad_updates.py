@@ -63,6 +63,13 @@ def test_gather_refuses_a_bad_answer_and_names_its_gateways(bad: GroupResult, wo
         gather([answer((0, 1)), bad], LAYOUT, CPU, 3)
 
 
+def test_gather_refuses_infinities_that_cancel() -> None:
+    bad = [replace(answer((number,)), updates=np.full((1, LAYOUT.num_params), np.inf * sign, np.float32))
+           for number, sign in ((1, 1), (2, -1))]  # fmt: skip
+    with pytest.raises(RunFailedError, match="gateway 1 answered with NaN or infinite values in round 3"):
+        gather([answer((0,)), *bad], LAYOUT, CPU, 3)
+
+
 def test_gather_takes_values_whose_sum_overflows() -> None:
     total, weight, arrived = gather([answer(value=3e38)], LAYOUT, CPU, 3)
     assert np.isfinite(total).all()
@@ -82,7 +89,7 @@ def test_gather_adds_up_in_gateway_order_whatever_the_answers_are() -> None:
     """Stacks, sums and empty groups, of records' weights: the sum is that of all rows, one after the other, bit for bit."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(7, LAYOUT.num_params)).astype(np.float32)
-    weights = rng.integers(1, 9, size=7).astype(float).tolist()
+    weights = rng.uniform(1, 9, size=7).tolist()  # whose products are rounded
     summed = weighted_sum(list(rows[2:4]), weights[2:4], CPU)
     results = [
         replace(answer((0, 1)), updates=rows[:2], weights=tuple(weights[:2])),

@@ -70,6 +70,23 @@ def test_lost_actor_ends_the_run_without_retries(
     assert "event=actor_lost round=3 gateways=" in caplog.text
 
 
+def test_answer_that_does_not_come_ends_the_run_in_time(
+    local_ray: None, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is ready on another machine, and is not here when the round must end."""
+    import ray
+
+    def never(refs: Any, *, timeout: float | None = None) -> Any:
+        if timeout is None:
+            return get(refs)
+        raise ray.exceptions.GetTimeoutError("still under way")
+
+    get = ray.get
+    monkeypatch.setattr(ray, "get", never)
+    with pytest.raises(RunFailedError, match=r"gateways \d-\d.* did not finish round 1 within --round-timeout"):
+        train(disk / "run")
+
+
 @pytest.mark.slow
 def test_lost_actor_is_dropped_and_comes_back_in_the_next_round(
     local_ray: None, disk: Path, monkeypatch: pytest.MonkeyPatch

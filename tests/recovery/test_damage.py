@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from fedray.errors import DamagedRunError, InputError
 from fedray.evidence import checkpoint_texts, checkpoints
 from tests.recovery.jobs import DiskWatch, assert_true, in_child, lines, outcome, resume, round_keys, train
+from tests.recovery.test_attempts import cut_off_after_charge
 
 ROUNDS = 4
 
@@ -107,6 +108,17 @@ def test_resume_finds_a_ledger_that_was_cut_at_a_line_boundary(unfinished: Path,
             resume(run)
 
 
+def test_resume_finds_that_the_charge_of_a_round_without_checkpoint_was_lost(disk: Path) -> None:
+    """The checkpoint that would remember it was never written."""
+    run = disk / "run"
+    assert in_child(cut_off_after_charge, run, 3, {"rounds": 4}) == -9
+    whole = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(whole) == 3
+    (run / "ledger.jsonl").write_bytes(b"".join(whole[:2]))
+    with pytest.raises(DamagedRunError, match=r"ledger.jsonl has 2 lines that do not continue the 3"):
+        resume(run)
+
+
 def test_resume_drops_a_torn_last_line_of_the_ledger(unfinished: Path, finished: Path, disk: Path) -> None:
     shutil.copytree(unfinished, disk / "run")
     with (disk / "run" / "ledger.jsonl").open("ab") as file:
@@ -162,16 +174,18 @@ def test_resume_names_the_checkpoint_when_all_round_keys_are_missing(unfinished:
         resume(disk / "run")
 
 
-def test_the_end_of_a_run_leaves_no_key_in_a_damaged_checkpoint(unfinished: Path, disk: Path) -> None:
-    """The older one is damaged so that it cannot be read, and the newest one is the run's last."""
+def test_the_end_of_a_run_leaves_no_key_anywhere(unfinished: Path, disk: Path) -> None:
+    """Not in what a crash left half written, nor in an older checkpoint that is damaged and cannot be read."""
     run = disk / "run"
     train(run, rounds=2)
-    shutil.copy(checkpoints(unfinished)[0], run / "checkpoint" / "00000001-0000.safetensors")
-    key = (checkpoint_texts(run / "checkpoint" / "00000001-0000.safetensors") or {})["round_key"].encode()
-    with (run / "checkpoint" / "00000001-0000.safetensors").open("r+b") as file:
-        file.write(b"\xff")
+    (before,) = checkpoints(run)
+    keyed = checkpoints(unfinished)[0].read_bytes()
+    key = (checkpoint_texts(checkpoints(unfinished)[0]) or {})["round_key"].encode()
+    assert key in keyed
+    (run / "checkpoint" / "00000001-0000.safetensors").write_bytes(b"\xff" + keyed[1:])
+    (run / "checkpoint" / ".00000002-0000.safetensors").write_bytes(keyed[:-10])
     resume(run)
-    assert [path.name for path in checkpoints(run)] == ["00000002-0000.safetensors"]
+    assert checkpoints(run) == [before]
     assert not any(key in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 

@@ -394,13 +394,26 @@ def test_quick_norms_are_usable_up_to_the_largest_inputs() -> None:
 
 @pytest.mark.parametrize(
     ("scale_a", "scale_e", "clip_norm"),
-    [(1e10, 1e-24, 1.0), (1e17, 1e-24, 1e-9), (1e2, 1e-20, 1e-15), (1.0, 1e12, 1.0), (1.0, float("nan"), 1.0)],
+    [
+        (1.0, 1.0, 1e-9),
+        (1e10, 1e-24, 1.0),
+        (1e17, 1e-24, 1e-9),
+        (1e2, 1e-20, 1e-15),
+        (1.0, 1e12, 1.0),
+        (1.0, float("nan"), 1.0),
+    ],
 )
 def test_quick_norms_are_refused_where_float32_would_lose_what_counts(
     scale_a: float, scale_e: float, clip_norm: float
 ) -> None:
     layers = [_kept(1.0, 1.0, 1), _kept(scale_a, scale_e, 2)]
     assert quick_norms(layers, torch.Size((3, 40)), clip_norm) is None
+
+
+def test_quick_norms_are_refused_where_the_input_of_a_bias_is_large_beside_the_clip_norm() -> None:
+    small = [_kept(1e-4, 1e-4, 1)]
+    assert quick_norms(small, torch.Size((3, 40)), 1e-8) is not None
+    assert quick_norms(small, torch.Size((3, 40)), 0.9e-8) is None
 
 
 def test_quick_norms_are_refused_for_rows_that_are_no_records() -> None:
