@@ -49,8 +49,6 @@ class Checkpoint:
         generation: How often the run was extended.
         params: `[P]`.
         round_key: k_round, from which later round keys follow; None when it was not kept.
-        ledger_length: Lines of the ledger when this state was reached.
-        ledger_head: Their chained hash.
         card: Content of config.json.
     """
 
@@ -58,8 +56,6 @@ class Checkpoint:
     generation: int = 0
     params: npt.NDArray[np.float32]
     round_key: bytes | None
-    ledger_length: int
-    ledger_head: str
     card: Mapping[str, Any]
 
     @property
@@ -123,7 +119,7 @@ class RunDirectory:
                 (building.path / "checkpoint").mkdir()
                 _write(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
                 _write(building.path / "checkpoint" / _IDENTITY, _sealed(identity))
-                _write(building.path / "checkpoint" / _LEDGER_HEAD, _note(Ledger(None)))
+                _write(building.path / "checkpoint" / _LEDGER_HEAD, _sealed(_note(Ledger(None))))
                 building._setup_commitment = commitment(setup_key)
                 building.save(state, Ledger(None))
                 if path.exists():
@@ -175,7 +171,7 @@ class RunDirectory:
         synced, as each checkpoint holds a note that is.
         """
         with (self.path / "checkpoint" / _LEDGER_HEAD).open("r+b") as file:
-            file.write(_note(ledger))
+            file.write(_sealed(_note(ledger)))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one round's line to metrics.jsonl, durably: the checkpoint that follows counts on it."""
@@ -212,10 +208,7 @@ class RunDirectory:
         description = {
             "round": state.round,
             "generation": state.generation,
-            "ledger_length": state.ledger_length,
-            "ledger_head": state.ledger_head,
-            "length": len(ledger),
-            "head": ledger.head,
+            **_note(ledger),
             "params_sha256": hashlib.sha256(state.params.data).hexdigest(),
             "metrics_size": self._metrics_size,
             "metrics_sha256": self._metrics_hash.hexdigest(),
@@ -258,12 +251,11 @@ class RunDirectory:
             if finished and (problems or self._metrics.stat().st_size != description["metrics_size"]):
                 problems.append(f"{root} lacks the checkpoint of the last round; restore it.")
                 break  # without its key nothing can go on from an earlier round
-            for prefix in ("ledger_", ""):
-                if not ledger.holds(description[f"{prefix}length"], description[f"{prefix}head"]):
-                    raise DamagedRunError(
-                        f"{self.ledger} has {len(ledger)} lines that do not continue the {description[f'{prefix}length']} "
-                        f"that {file.name} counted; lines were changed or lost: restore the file."
-                    )
+            if not ledger.holds(description["length"], description["head"]):
+                raise DamagedRunError(
+                    f"{self.ledger} has {len(ledger)} lines that do not continue the {description['length']} that "
+                    f"{file.name} counted; lines were changed or lost: restore the file."
+                )
             self._setup_commitment = description["setup_key_commitment"]
             if mend:
                 self._mend(checkpoint, description["metrics_size"])
@@ -396,8 +388,6 @@ def _read_checkpoint(path: Path, key_may_be_gone: bool) -> tuple[Checkpoint, dic
         generation=description["generation"],
         params=params,
         round_key=key,
-        ledger_length=description["ledger_length"],
-        ledger_head=description["ledger_head"],
         card=description["config"],
     )
     return checkpoint, description
@@ -421,8 +411,8 @@ def _key_of(text: str, expected: str | None, path: Path) -> bytes:
     return key
 
 
-def _note(ledger: Ledger) -> bytes:
-    return _sealed({"length": len(ledger), "head": ledger.head})
+def _note(ledger: Ledger) -> dict[str, Any]:
+    return {"length": len(ledger), "head": ledger.head}
 
 
 def _sealed(value: Mapping[str, Any]) -> bytes:
@@ -483,12 +473,11 @@ def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, data: bytes, sync_directory: bool = True, mode: int = 0o644) -> None:
+def _replace(path: Path, data: bytes, mode: int = 0o644) -> None:
     building = path.with_name(f".{path.name}")
     _write(building, data, mode)
     building.replace(path)
-    if sync_directory:
-        _sync_directory(path.parent)
+    _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

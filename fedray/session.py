@@ -20,7 +20,7 @@ from fedray.errors import InputError
 from fedray.plan import Plan, UserParts, prepare
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Charges
-from fedray.privacy.ledger import GENESIS, Ledger
+from fedray.privacy.ledger import Ledger
 from fedray.streams import commitment, extension_root, first_round_key
 
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
@@ -227,8 +227,6 @@ class Session:
                 round=0,
                 params=params,
                 round_key=None if config.no_keep_key else key,
-                ledger_length=0,
-                ledger_head=GENESIS,
                 card=card,
             )
             files = RunDirectory.create(new_run_path(config), plan.setup_key, start, plan.identity(macs))
@@ -316,8 +314,6 @@ class Session:
             generation=self.generation,
             params=self.params,
             round_key=self.round_key if self.keep_key else None,
-            ledger_length=len(self.ledger),
-            ledger_head=self.ledger.head,
             card=self.card,
         )
 
