@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from fedray.config import RunConfig, flag, misfit
-from fedray.errors import FedrayError, GatewayError, InputError
+from fedray.errors import FedrayError, InputError, UserCodeError
 from fedray.pool import connection
 
 _DESCRIPTION = """Differentially private federated learning, simulated on Ray: many gateways train privately in parallel, an
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             connection.connect_early(config.ray_address)
         return _run(config, explicit_fields(arguments))
     except FedrayError as error:
-        if isinstance(error, GatewayError) and error.details:
+        if isinstance(error, UserCodeError) and error.details:
             print(error.details.rstrip(), file=sys.stderr)
         print(f"error: {_one_line(error)}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):

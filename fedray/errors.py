@@ -22,11 +22,11 @@ class RunFailedError(FedrayError):
     """A run that had started could not go on."""
 
 
-class GatewayError(RunFailedError):
-    """The user's code or data failed inside gateways during a round.
+class UserCodeError(RunFailedError):
+    """The user's code failed while a round was scored.
 
     Args:
-        message: One sentence naming gateways, round and cause.
+        message: One sentence naming round and cause.
         details: The original traceback, shown once.
     """
 
@@ -37,6 +37,10 @@ class GatewayError(RunFailedError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class GatewayError(UserCodeError):
+    """The user's code or data failed inside gateways during a round; the sentence names them, too."""
 
 
 class RunInterruptedError(FedrayError):

@@ -105,7 +105,7 @@ class Orchestrator:
         Raises:
             InputError: The cluster cannot host the run, a lazily loaded shard breaks a rule, or data or model of a
                 resumed run are not what they were.
-            GatewayError: The user's code failed in a gateway.
+            UserCodeError: The user's code failed: in a gateway (GatewayError), or when a round was scored.
             RunFailedError: The run could not go on; what was written stays readable.
             RunInterruptedError: Ctrl-C or SIGTERM; the round under way was abandoned.
         """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 from fedray.budget import EpsilonCurve
 from fedray.checkpoint import Checkpoint
+from fedray.errors import UserCodeError
 from fedray.evaluation import Evaluation
 from fedray.plan import Plan
 from fedray.privacy.accounting import Charges
@@ -85,12 +87,22 @@ class Publisher:
         self._waiting = (outcome, self._session.checkpoint(), self._session.ledger.charges(through=outcome.round))
 
     def flush(self) -> None:
-        """Publish the round that waits, if one does: metrics first, as the checkpoint counts on them."""
+        """Publish the round that waits, if one does: metrics first, as the checkpoint counts on them.
+
+        Raises:
+            UserCodeError: Model or loss failed on the held-out data.
+        """
         if self._waiting is None:
             return
         (outcome, checkpoint, charges), self._waiting = self._waiting, None
         began = time.perf_counter()
-        score = self._evaluation.score(checkpoint.params)
+        try:
+            score = self._evaluation.score(checkpoint.params)
+        except Exception as error:  # model and loss are the user's; they may raise anything
+            raise UserCodeError(
+                f"scoring round {outcome.round} on the held-out data failed: {type(error).__name__}: {error}",
+                traceback.format_exc(),
+            ) from error
         evaluate = round(time.perf_counter() - began, 6)
         config = self._plan.config
         # The size of a secret cohort stays secret: its expectation is public.

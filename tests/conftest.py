@@ -47,24 +47,30 @@ def outdir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """Start one local Ray with 2 CPUs for the whole session; pools use it, since it is initialised already."""
+def local_ray() -> Iterator[str]:
+    """Start one local Ray with 2 CPUs for the whole session; pools use it, since it is initialised already.
+
+    Its value is the address, for other processes.
+    """
     import ray
+
+    from tests.zygote import forked_workers
 
     # Ray's socket paths must stay below 107 bytes: pytest's own temporary directories are too long.
     place = tempfile.mkdtemp(prefix="fr", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        object_store_memory=150 * 10**6,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=place,
-    )
+    with forked_workers():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=0,
+            object_store_memory=150 * 10**6,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=place,
+        )
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
         shutil.rmtree(place, ignore_errors=True)

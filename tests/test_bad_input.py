@@ -19,6 +19,7 @@ from torch import nn
 import fedray
 from fedray.cli import main
 from fedray.errors import InputError
+from tests.zygote import launcher
 
 NOWHERE = ["--ray-address", "127.0.0.1:1"]  # whatever reached Ray would complain about this address instead
 
@@ -342,19 +343,19 @@ def test_main_refuses_out_that_may_not_be_written(tmp_path: Path, capsys: pytest
 
 
 def test_main_refuses_an_address_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
-    done = _run("--ray-address", "127.0.0.1:1")
+    done = _run(sys.executable, "-m", "fedray", "--ray-address", "127.0.0.1:1")
     assert done.returncode == 2
     check_one_sentence(done.stderr, ("--ray-address 127.0.0.1:1", "cannot be reached", "start a cluster"))
 
 
 @pytest.mark.slow
-def test_main_refuses_a_bad_lazy_shard_in_actors_before_round_one(tmp_path: Path) -> None:
+def test_main_refuses_a_bad_lazy_shard_in_actors_before_round_one(
+    local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", local_ray)
     (tmp_path / "mine.py").write_text(DATA["data_lazy_bad_shard"].code)
-    done = _run(
-        *("--dataset", "mine:data", "--gateways", "4", "--batch-size", "8"),
-        *("--samples-per-gateway", "64", "--out", "run"),
-        cwd=tmp_path,
-    )
+    flags = ["--dataset", "mine:data", "--gateways", "4", "--batch-size", "8", "--samples-per-gateway", "64"]
+    done = _run(launcher(), "-m", "fedray", *flags, "--out", "run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     check_one_sentence(done.stderr, ("shard of gateway 3", "label -3"))
     assert not (tmp_path / "run").exists()
@@ -365,17 +366,9 @@ def test_main_refuses_bad_flags_without_importing_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def _run(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "fedray", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
     assert time.monotonic() - start < 60
     return done
 

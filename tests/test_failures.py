@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedray.cli import main
+from tests.zygote import launcher, python
 
 FAILS_IN_ROUND_3 = """
 import os, pathlib, time
@@ -25,11 +26,11 @@ class Sensor(nn.Module):
         super().__init__()
         self.layer = nn.Linear(16, 4)
     def forward(self, x):
-        metrics = HERE / "run" / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) == 2:
-            building = HERE / f".{os.getpid()}"  # two actors fail at once, and may be killed while they write
+        ledger = HERE / "run" / "ledger.jsonl"  # a round is charged before it begins
+        if {where} and ledger.exists() and len(ledger.read_text().splitlines()) == 3:
+            building = HERE / f".{{os.getpid()}}"  # two actors fail at once, and may be killed while they write
             building.write_text(str(time.time()))
-            building.replace(HERE / f"failed_at-{os.getpid()}")
+            building.replace(HERE / f"failed_at-{{os.getpid()}}")
             raise ValueError("the sensor broke")
         return self.layer(x)
 
@@ -39,24 +40,19 @@ def make():
 ENDLESS = [*("--gateways", "2", "--rounds", "100000", "--samples-per-gateway", "64", "--local-steps", "1")]
 
 
-@pytest.mark.parametrize("pool", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a pool; other processes use the session's Ray."""
+    if request.param == "ray":
+        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("local_ray"))
+    return str(request.param)
+
+
 def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3)
+    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where="torch.is_grad_enabled()"))  # in gateways
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "fedray",
-                "--model",
-                "mine:make",
-                "--gateways",
-                "4",
-                "--out",
-                "run",
-                "--pool",
-                pool,
-            ),
+            *(launcher(), "-m", "fedray", "--model", "mine:make", "--gateways", "4", "--out", "run", "--pool", pool),
             *("--samples-per-gateway", "64", "--local-steps", "2"),
         ],
         cwd=tmp_path,
@@ -70,7 +66,7 @@ def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path)
     failed_at = [float(path.read_text()) for path in tmp_path.glob("failed_at-*")]
     assert ended - min(failed_at) < 10
     said = [line for line in done.stderr.splitlines() if line.startswith("error: gateway")]
-    assert len(said) == 1
+    assert len(said) == 1, done.stderr
     assert "failed in round 3: ValueError: the sensor broke" in said[0]
     assert done.stderr.count("Traceback (most recent call last)") == 1
     assert done.stderr.count('raise ValueError("the sensor broke")') == 1
@@ -82,23 +78,50 @@ def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_main_ends_with_1_when_the_users_model_cannot_be_scored(pool: str, tmp_path: Path) -> None:
+    """In the driver, while actors fail as well: one sentence and one traceback, and none of Ray's."""
+    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where="True"))
+    flags = ["--model", "mine:make", "--gateways", "4", "--samples-per-gateway", "64", "--local-steps", "2"]
+    done = subprocess.run(
+        [launcher(), "-m", "fedray", *flags, "--pool", pool, "--out", "run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: scoring round 2 on the held-out data failed: ValueError: the sensor broke"]
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.count('raise ValueError("the sensor broke")') == 1
+    assert "Unhandled error" not in done.stderr
+    assert f"python -m fedray --resume {tmp_path / 'run'}" in done.stderr
+    rounds = [json.loads(line)["round"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rounds == [1]
+
+
 def _restore_interrupt() -> None:
     # A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
-    ("name", "pool"),
+    ("name", "where"),
     [
         ("SIGINT", "inline"),
-        pytest.param("SIGTERM", "ray", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "cluster", marks=pytest.mark.slow),
         pytest.param("SIGINT", "ray", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "inline", marks=pytest.mark.slow),
     ],
 )
-def test_main_ends_with_130_when_interrupted(name: str, pool: str, tmp_path: Path) -> None:
+def test_main_ends_with_130_when_interrupted(
+    name: str, where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "cluster":  # the session's Ray; "ray" is one of the process' own
+        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("local_ray"))
+    pool = "inline" if where == "inline" else "ray"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedray", *ENDLESS, "--out", "run", "--pool", pool],
+        [*python("fedray"), *ENDLESS, "--out", "run", "--pool", pool],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -96,6 +96,8 @@ def _connect(address: str | None) -> Connection:
 
     if ray.is_initialized():
         return Connection(ray=ray, owned=False)
+    # A pool raises what its calls raise. Ray would print those as well that nobody asked for as the run had failed already.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     _check_reachable(address)
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     terminate = signal.getsignal(signal.SIGTERM)

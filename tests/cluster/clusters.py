@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.zygote import launcher
+
 SPY = """
 import json, pathlib
 from torch import nn
@@ -68,7 +70,8 @@ class Nodes:
 def cluster(*nodes: dict[str, Any]) -> Iterator[Nodes]:
     """Run a cluster of several nodes; the first is the head."""
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("many_nodes.py")), json.dumps(nodes)],
+        [sys.executable, "-m", "tests.cluster.many_nodes", json.dumps(nodes), launcher()],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -110,7 +113,7 @@ def fedray(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeou
     """Run `python -m fedray`."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "fedray", *arguments],
+        [launcher(), "-m", "fedray", *arguments],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,

@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: it lives until standard input closes.
 
-The argument is JSON: [{"num_cpus", "num_gpus", "env"}, …]; the first node is the head. Prints one line of JSON. Each line
+The first argument is JSON: [{"num_cpus", "num_gpus", "env"}, …]; the first node is the head. The second one starts Ray's
+workers in place of Python. Prints one line of JSON. Each line
 of standard input is a list [{"num_cpus", "num_gpus"}, …] of what actors hold from now on, in place of what they held;
 "held" is printed when they do.
 """
@@ -18,6 +19,8 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.zygote import forked_workers
+
 
 class Holder:
     """Does nothing but hold resources."""
@@ -26,7 +29,7 @@ class Holder:
         """Return when it holds them."""
 
 
-def main(nodes: list[dict[str, Any]]) -> None:
+def main(nodes: list[dict[str, Any]], launcher: str) -> None:
     """Run the cluster."""
     # Socket paths must stay below 107 bytes: pytest's own temporary directories are too long.
     place = tempfile.mkdtemp(prefix="fc", dir="/tmp")
@@ -37,7 +40,8 @@ def main(nodes: list[dict[str, Any]]) -> None:
         os.environ.update(env)
         head: dict[str, Any] = {"_temp_dir": place} if number == 0 else {}
         options = {key.removeprefix("_"): value for key, value in {**head, **node}.items()}
-        ids.append(cluster.add_node(include_dashboard=False, **options).node_id)
+        with forked_workers(launcher):
+            ids.append(cluster.add_node(include_dashboard=False, **options).node_id)
         for name in env:
             del os.environ[name]
     print(json.dumps({"address": cluster.address, "nodes": ids}), flush=True)
@@ -60,4 +64,4 @@ def main(nodes: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]), sys.argv[2])

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.clusters import fedray
+from tests.zygote import python
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +106,8 @@ def head() -> Iterator[Head]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(
         [
-            *(RAY, "start", "--head", "--block", "--temp-dir", place, "--num-cpus", "2", "--num-gpus", "1"),
+            *(*python("ray.scripts.scripts"), "start", "--head", "--block", "--temp-dir", place),
+            *("--num-cpus", "2", "--num-gpus", "1"),
             *("--port", str(_free_port()), "--dashboard-port", str(dashboard)),
             *("--dashboard-agent-listen-port", str(_free_port()), "--ray-client-server-port", str(_free_port())),
             *("--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "150000000"),

@@ -7,12 +7,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.zygote import launcher
 
 yaml = pytest.importorskip("yaml")
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
@@ -140,7 +141,7 @@ def test_rayjob_script_starts_then_resumes(kinds: dict[str, Any], tmp_path: Path
 
     def attempt(text: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "run.sh").write_text(text)
-        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        env = {**os.environ, "PATH": f"{Path(launcher()).parent}:{os.environ['PATH']}"}
         return subprocess.run(
             ["bash", "run.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300
         )

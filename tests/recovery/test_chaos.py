@@ -18,6 +18,7 @@ import fedray
 from fedray.errors import RunFailedError
 from tests.recovery.assassin import JOB, Clock, actor_pids, attack, train
 from tests.recovery.jobs import assert_true, lines, outcome
+from tests.zygote import launcher, python
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_resume_ends_as_undisturbed_when_a_driver_on_ray_is_killed(undisturbed: 
     rng = random.Random(3)
     for number in range(2):
         run = disk / f"run-{number}"
-        command = [sys.executable, "-m", "fedray", *flags, "--out", str(run)]
+        command = [*python("fedray"), *flags, "--out", str(run)]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         driver = subprocess.Popen(command, cwd=disk, env=environment, stdout=subprocess.DEVNULL)
         while not (run / "metrics.jsonl").exists() or len(lines_so_far(run)) < 1 + number:
@@ -139,13 +140,14 @@ def lines_so_far(run: Path) -> list[bytes]:
     return (run / "metrics.jsonl").read_bytes().splitlines()
 
 
-def _node_loss(place: Path, report: Any) -> None:
+def _node_loss(place: Path, launcher: str, report: Any) -> None:
     """Lose a node in the middle of a round; let another one join only after the loss was seen."""
     import ray
     from ray.cluster_utils import Cluster
 
     from fedray.pool import ray_pool
 
+    sys.executable = launcher
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -198,7 +200,7 @@ def test_run_goes_on_when_a_node_is_lost_and_uses_one_that_joins_later(tmp_path:
     place = Path(tempfile.mkdtemp(prefix="fc", dir="/tmp"))  # Ray's socket paths must be short
     here, there = multiprocessing.Pipe()
     try:
-        child = multiprocessing.get_context("spawn").Process(target=_node_loss, args=(place, there))
+        child = multiprocessing.get_context("spawn").Process(target=_node_loss, args=(place, launcher(), there))
         child.start()
         there.close()
         child.join(240)
