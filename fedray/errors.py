@@ -23,7 +23,7 @@ class RunFailedError(FedrayError):
 
 
 class UserCodeError(RunFailedError):
-    """The user's code failed while a round was scored.
+    """The user's code failed: in gateways (GatewayError), or in the driver while a round was scored.
 
     Args:
         message: One sentence naming round and cause.

@@ -47,11 +47,8 @@ def outdir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[str]:
-    """Start one local Ray with 2 CPUs for the whole session; pools use it, since it is initialised already.
-
-    Its value is the address, for other processes.
-    """
+def local_ray() -> Iterator[None]:
+    """Start one local Ray with 2 CPUs for the whole session; pools use it, since it is initialised already."""
     import ray
 
     from tests.zygote import forked_workers
@@ -70,7 +67,7 @@ def local_ray() -> Iterator[str]:
             _temp_dir=place,
         )
     try:
-        yield ray.get_runtime_context().gcs_address
+        yield
     finally:
         ray.shutdown()
         shutil.rmtree(place, ignore_errors=True)

@@ -19,7 +19,7 @@ from torch import nn
 import fedray
 from fedray.cli import main
 from fedray.errors import InputError
-from tests.zygote import launcher
+from tests.zygote import python
 
 NOWHERE = ["--ray-address", "127.0.0.1:1"]  # whatever reached Ray would complain about this address instead
 
@@ -349,13 +349,10 @@ def test_main_refuses_an_address_where_nothing_listens(capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_main_refuses_a_bad_lazy_shard_in_actors_before_round_one(
-    local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", local_ray)
+def test_main_refuses_a_bad_lazy_shard_in_actors_before_round_one(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(DATA["data_lazy_bad_shard"].code)
     flags = ["--dataset", "mine:data", "--gateways", "4", "--batch-size", "8", "--samples-per-gateway", "64"]
-    done = _run(launcher(), "-m", "fedray", *flags, "--out", "run", cwd=tmp_path)
+    done = _run(*python("fedray"), *flags, "--out", "run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     check_one_sentence(done.stderr, ("shard of gateway 3", "label -3"))
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedray.cli import main
-from tests.zygote import launcher, python
+from tests.zygote import python
 
 FAILS_IN_ROUND_3 = """
 import os, pathlib, time
@@ -40,19 +40,15 @@ def make():
 ENDLESS = [*("--gateways", "2", "--rounds", "100000", "--samples-per-gateway", "64", "--local-steps", "1")]
 
 
-@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.slow)])
-def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a pool; other processes use the session's Ray."""
-    if request.param == "ray":
-        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("local_ray"))
-    return str(request.param)
+POOLS = pytest.mark.parametrize("pool", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 
 
+@POOLS
 def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where="torch.is_grad_enabled()"))  # in gateways
     done = subprocess.run(
         [
-            *(launcher(), "-m", "fedray", "--model", "mine:make", "--gateways", "4", "--out", "run", "--pool", pool),
+            *(*python("fedray"), "--model", "mine:make", "--gateways", "4", "--out", "run", "--pool", pool),
             *("--samples-per-gateway", "64", "--local-steps", "2"),
         ],
         cwd=tmp_path,
@@ -78,12 +74,13 @@ def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@POOLS
 def test_main_ends_with_1_when_the_users_model_cannot_be_scored(pool: str, tmp_path: Path) -> None:
     """In the driver, while actors fail as well: one sentence and one traceback, and none of Ray's."""
     (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where="True"))
     flags = ["--model", "mine:make", "--gateways", "4", "--samples-per-gateway", "64", "--local-steps", "2"]
     done = subprocess.run(
-        [launcher(), "-m", "fedray", *flags, "--pool", pool, "--out", "run"],
+        [*python("fedray"), *flags, "--pool", pool, "--out", "run"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -106,20 +103,15 @@ def _restore_interrupt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "where"),
+    ("name", "pool"),
     [
         ("SIGINT", "inline"),
-        pytest.param("SIGTERM", "cluster", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "ray", marks=pytest.mark.slow),
         pytest.param("SIGINT", "ray", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "inline", marks=pytest.mark.slow),
     ],
 )
-def test_main_ends_with_130_when_interrupted(
-    name: str, where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if where == "cluster":  # the session's Ray; "ray" is one of the process' own
-        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("local_ray"))
-    pool = "inline" if where == "inline" else "ray"
+def test_main_ends_with_130_when_interrupted(name: str, pool: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*python("fedray"), *ENDLESS, "--out", "run", "--pool", pool],
         cwd=tmp_path,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from tests.zygote import launcher
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SLOW = pytest.mark.slow
@@ -20,19 +17,18 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def _command(beginning: str, python: str = sys.executable) -> list[str]:
+def _command(beginning: str) -> list[str]:
     """Return the arguments of the README's one command that begins like this."""
     joined = [block.replace("\\\n", " ") for block in _blocks("sh")]
     lines = [line.split("#")[0].strip() for block in joined for line in block.splitlines()]
     commands = [line.rpartition("&& ")[2] for line in lines]
     found = sorted({command for command in commands if command.startswith(beginning)})
     assert len(found) == 1, f"{len(found)} commands of the README begin with {beginning!r}"
-    return [python, *found[0].split()[1:]]
+    return [sys.executable, *found[0].split()[1:]]
 
 
-def _run(arguments: list[str], folder: Path, **environment: str) -> str:
-    env = {**os.environ, **environment}
-    done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
+def _run(arguments: list[str], folder: Path) -> str:
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -81,16 +77,14 @@ def test_readme_python_entry_runs(tmp_path: Path) -> None:
         ("python -m fedray --dataset digits --gateways 16", 0.80),
     ],
 )
-def test_readme_digits_commands_reach_their_accuracy(
-    beginning: str, least: float, local_ray: str, tmp_path: Path
-) -> None:
-    assert _accuracy(_run([*_command(beginning, launcher()), "--seed", "0"], tmp_path, RAY_ADDRESS=local_ray)) >= least
+def test_readme_digits_commands_reach_their_accuracy(beginning: str, least: float, tmp_path: Path) -> None:
+    assert _accuracy(_run([*_command(beginning), "--seed", "0"], tmp_path)) >= least
 
 
 @SLOW
-def test_readme_run_directory_commands_work(local_ray: str, tmp_path: Path) -> None:
+def test_readme_run_directory_commands_work(tmp_path: Path) -> None:
     _run(
-        [launcher(), "-m", "fedray", "--pool", "inline", "--rounds", "4", "--out", str(tmp_path / "runs/DIR")],
+        [sys.executable, "-m", "fedray", "--pool", "inline", "--rounds", "4", "--out", str(tmp_path / "runs/DIR")],
         tmp_path,
     )
     for beginning in (
@@ -98,5 +92,5 @@ def test_readme_run_directory_commands_work(local_ray: str, tmp_path: Path) -> N
         "python -m fedray verify runs/DIR",
         "python -m fedray report runs/DIR",
     ):
-        _run(_command(beginning, launcher()), tmp_path, RAY_ADDRESS=local_ray)
+        _run(_command(beginning), tmp_path)
     assert (tmp_path / "runs/DIR/report.html").exists()

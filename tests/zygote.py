@@ -1,9 +1,9 @@
 """Processes forked from a Python that has imported torch already.
 
-Importing torch takes seconds of CPU, and the tests start hundreds of Ray's workers and of fedray's drivers. The zygote
-imports it once. A small launcher, in place of Python, has it fork, and ends when and as the fork does. The fork runs
-Ray's own worker program, or `-m fedray`, with the launcher's arguments, environment, directory, open files and
-niceness: only the start differs. Other tests start Python, fedray and its Ray as users do.
+Importing torch takes a second or two of CPU, and the tests start some two hundred of Ray's workers and dozens of drivers on
+clusters. The zygote imports it once. A small launcher, in place of Python, has it fork, and ends when and as the fork
+does. The fork runs Ray's own worker program, or `-m fedray`, with the launcher's arguments, environment, directory, open
+files and niceness: only the start differs. The README's tests, among others, start all of it as users do.
 """
 
 from __future__ import annotations
@@ -77,13 +77,8 @@ def forked_workers(path: str | None = None) -> Iterator[None]:
 def python(module: str) -> list[str]:
     """Return the beginning of a command that runs a module in a new Python, and has a Ray that it starts fork its workers."""
     code = "import runpy, sys; sys.executable, name = sys.argv[1:3]; del sys.argv[1:3]; "
-    return [
-        sys.executable,
-        "-c",
-        code + "runpy.run_module(name, run_name='__main__', alter_sys=True)",
-        launcher(),
-        module,
-    ]
+    code += "runpy.run_module(name, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", code, launcher(), module]
 
 
 def serve(listening: socket.socket) -> dict[str, object]:
@@ -122,6 +117,7 @@ def main(number: int) -> None:
                  "requests", "yaml"):  # fmt: skip
         importlib.import_module(name)
     assert "ray" not in sys.modules
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads do not survive a fork"
     gc.freeze()
     start = serve(socket.socket(fileno=number))
     os.setsid()

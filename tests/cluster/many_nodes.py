@@ -1,9 +1,8 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: it lives until standard input closes.
 
-The first argument is JSON: [{"num_cpus", "num_gpus", "env"}, …]; the first node is the head. The second one starts Ray's
-workers in place of Python. Prints one line of JSON. Each line
-of standard input is a list [{"num_cpus", "num_gpus"}, …] of what actors hold from now on, in place of what they held;
-"held" is printed when they do.
+The first argument is JSON: [{"num_cpus", "num_gpus", "env"}, …]; the first node is the head. The second one is what starts
+Ray's workers, see tests/zygote.py. Prints one line of JSON. Each line of standard input is a list
+[{"num_cpus", "num_gpus"}, …] of what actors hold from now on, in place of what they held; "held" is printed when they do.
 """
 
 from __future__ import annotations
