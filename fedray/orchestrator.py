@@ -171,8 +171,10 @@ class Orchestrator:
         except BudgetExhaustedError as reason:
             stopped = str(reason)
         finally:
-            publisher.flush()
-            tracker.close()
+            try:
+                publisher.flush()
+            finally:
+                tracker.close()
         return stopped
 
     def _charge(

@@ -98,7 +98,7 @@ class Publisher:
         began = time.perf_counter()
         try:
             score = self._evaluation.score(checkpoint.params)
-        except Exception as error:  # model and loss are the user's; they may raise anything
+        except (Exception, SystemExit) as error:  # model and loss are the user's; they may raise anything
             raise UserCodeError(
                 f"scoring round {outcome.round} on the held-out data failed: {type(error).__name__}: {error}",
                 traceback.format_exc(),

@@ -97,6 +97,35 @@ def test_main_ends_with_1_when_the_users_model_cannot_be_scored(pool: str, tmp_p
     assert rounds == [1]
 
 
+@pytest.mark.parametrize(
+    ("module", "where", "said"),
+    [
+        ("leaves_training", "torch.is_grad_enabled()", "failed in round 3: SystemExit: 0"),
+        (
+            "leaves_scoring",
+            "not torch.is_grad_enabled()",
+            "error: scoring round 2 on the held-out data failed: SystemExit: 0",
+        ),
+    ],
+)
+def test_main_ends_with_1_when_the_users_model_leaves_the_program(
+    module: str,
+    where: str,
+    said: str,
+    outdir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With what would be exit code 0: while it trains, and while it is scored."""
+    leaves = FAILS_IN_ROUND_3.replace('raise ValueError("the sensor broke")', "raise SystemExit(0)").format(where=where)
+    (tmp_path / f"{module}.py").write_text(leaves)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--pool", "inline", "--model", f"{module}:make", "--gateways", "2", "--samples-per-gateway", "64"]
+    assert main([*argv, "--local-steps", "2", "--out", str(outdir)]) == 1
+    assert said in capsys.readouterr().err
+
+
 def _restore_interrupt() -> None:
     # A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

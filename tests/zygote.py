@@ -30,10 +30,10 @@ from unittest import mock
 LAUNCHER = """\
 #!{bare_python} -IS
 import json, os, socket, sys
-if sys.argv[1:3] != ["-m", "fedray"] and not sys.argv[1].endswith("/default_worker.py"):
-    os.execv("{python}", ["{python}", *sys.argv[1:]])
 zygote = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-zygote.connect("{address}")
+wanted = sys.argv[1:3] == ["-m", "fedray"] or sys.argv[1].endswith("/default_worker.py")
+if not wanted or zygote.connect_ex("{address}"):  # the second one when there is no zygote any more
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
 start = dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), nice=os.getpriority(os.PRIO_PROCESS, 0))
 socket.send_fds(zygote, [json.dumps(start).encode()], [0, 1, 2])
 sys.exit(int(zygote.recv(10) or 1))  # when the fork has ended
@@ -53,7 +53,12 @@ def launcher() -> str:
         listening.bind(str(address))
         listening.listen(64)
         number = listening.fileno()
-        process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number], stdin=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(number)],
+            env={**os.environ, **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}},
+            pass_fds=[number],
+            stdin=subprocess.PIPE,
+        )
 
     def end() -> None:
         process.communicate()
@@ -99,8 +104,12 @@ def serve(listening: socket.socket) -> dict[str, object]:
     listening.close()
     fork = os.fork()
     if fork:  # the first fork waits for the second one, as its parent takes the next launcher's call
-        _, status = os.waitpid(fork, 0)
-        connection.send(b"%d" % (os.waitstatus_to_exitcode(status) & 255))
+        ended = os.pidfd_open(fork)
+        if ended in select.select([connection, ended], [], [])[0]:
+            _, status = os.waitpid(fork, 0)
+            connection.send(b"%d" % (os.waitstatus_to_exitcode(status) & 255))
+        else:  # somebody killed the launcher
+            os.kill(fork, signal.SIGKILL)
         os._exit(0)
     connection.close()
     for target, file in enumerate(files):

@@ -184,7 +184,7 @@ def load_pair(shards: Shards, gateway: int) -> tuple[Any, str]:
         if isinstance(item, Gateway):
             where = f"gateway {item.name}"
             item = item.load()
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise GatewayError(
             f"{where} cannot be loaded ({type(error).__name__}: {error}); it must load wherever its gateway trains: see to "
             "its files.",

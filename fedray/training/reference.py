@@ -63,7 +63,7 @@ class OpacusTrainer:
                 np.subtract(self._train_gateway(keys, params, gateway, shards[gateway]), params, out=row)
             except FedrayError:
                 raise
-            except Exception as error:  # model, loss and data are the user's; they may raise anything
+            except (Exception, SystemExit) as error:  # model, loss and data are the user's; they may raise anything
                 raise GatewayError(
                     f"gateway {gateway} failed in round {keys.round_index}: {type(error).__name__}: {error}",
                     traceback.format_exc(),

@@ -79,7 +79,7 @@ class StackedTrainer:
                 self._first = draws if start == 0 else self._first
             except FedrayError:
                 raise
-            except Exception as error:  # model, loss and data are the user's; they may raise anything
+            except (Exception, SystemExit) as error:  # model, loss and data are the user's; they may raise anything
                 raise GatewayError(
                     f"{_names(group)} failed in round {keys.round_index}: {type(error).__name__}: {error}",
                     traceback.format_exc(),
