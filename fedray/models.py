@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from fedray.errors import InputError
 from fedray.params import Layout
@@ -16,6 +16,22 @@ from fedray.user_code import call, find_function, is_reference
 
 MAX_CLASSES = 100_000  # a larger label is a mistake (an id, a pixel value), not a class
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def call_model(model: nn.Module, x: Any, state: dict[str, torch.Tensor] | None = None) -> Any:
+    """Run a model on x: a tensor, a tuple of arguments or a dict of named ones; an output with `.logits` gives these.
+
+    Args:
+        model: Called as `model(x)`, `model(*x)` or `model(**x)`.
+        x: See above.
+        state: Parameters and buffers by name, in place of the model's own; None for its own.
+    """
+    arguments = (x,) if isinstance(x, torch.Tensor) else () if isinstance(x, dict) else tuple(x)
+    named = x if isinstance(x, dict) else {}
+    output = model(*arguments, **named) if state is None else functional_call(model, state, arguments, named)
+    if not isinstance(output, torch.Tensor) and isinstance(getattr(output, "logits", None), torch.Tensor):
+        return output.logits
+    return output
 
 
 def mlp(record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -169,53 +185,6 @@ def _refuse_changed_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -
             raise InputError(
                 f"--model: buffer {name} changes during a forward pass; buffers do not travel and are not private: "
                 "remove it, or try --fix-model."
-            )
-
-
-def check_record_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss) -> None:
-    """Check that Opacus finds the gradient of every record: over a batch they must add up to the batch's gradient.
-
-    Args:
-        model: Stays unchanged; has passed `check`.
-        x: `[n, …]`, a few records.
-        y: `[n]`, their targets.
-        loss: One value a record.
-
-    Raises:
-        InputError: A layer's gradients per record cannot be found, or are wrong.
-    """
-    from opacus import GradSampleModule  # slow import: only models of the user's own need it here
-
-    whole = _copy(model).train()
-    seed = torch.initial_seed()  # of the caller's fork; both passes must draw alike
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on hooks and vmap, for developers of layers
-        try:
-            records = GradSampleModule(_copy(model).train(), loss_reduction="sum")
-            torch.manual_seed(seed)
-            loss(records(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
-        except Exception as error:  # opacus, or the user's code under its hooks, may raise anything
-            raise InputError(
-                f"--model: Opacus cannot take its gradient record by record ({type(error).__name__}: {error}); use other "
-                "layers, --fix-model, or --noise-level gateway."
-            ) from error
-        torch.manual_seed(seed)
-        loss(whole(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
-    for (name, parameter), single in zip(whole.named_parameters(), records._module.parameters(), strict=True):
-        if parameter.grad is None:
-            continue
-        found = getattr(single, "grad_sample", None)
-        if isinstance(found, torch.Tensor) and len(found) != len(x):
-            raise InputError(
-                f"--model: the gradients of parameter {name} are not one a record, as its layer's first dimension is not the "
-                "batch; keep the batch first, or use --noise-level gateway."
-            )
-        total = found.sum(dim=0) if isinstance(found, torch.Tensor) else torch.zeros_like(parameter)
-        scale = float(parameter.grad.abs().max())
-        if not torch.allclose(total, parameter.grad, rtol=1e-2, atol=1e-3 * scale + 1e-7, equal_nan=True):
-            raise InputError(
-                f"--model: the gradients per record of parameter {name} do not add up to its gradient (is it used outside "
-                "its own layer's forward?); call the layer itself, try --fix-model, or use --noise-level gateway."
             )
 
 

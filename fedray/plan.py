@@ -15,18 +15,20 @@ import torch
 from fedray import models
 from fedray.config import RunConfig
 from fedray.data import source
-from fedray.data.shards import RecordRules, as_arrays
+from fedray.data.shards import RecordRules, Shard, as_arrays
 from fedray.data.source import Federation
 from fedray.data.toy import ToyShards
 from fedray.errors import InputError
 from fedray.params import Layout
 from fedray.pool.pool import Patience, Pool
-from fedray.pool.worker import Engine, WorkerSetup, shard_mac
+from fedray.pool.worker import WorkerSetup, shard_mac
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.training.engines import Engine, Isolation, isolation_of, traced
+from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
 from fedray.user_code import code_digest
@@ -51,7 +53,7 @@ class Plan:
         training: How gateways train.
         class_labels: Whether targets are class indices.
         setup: What each actor gets.
-        engine_reason: Why --engine auto took the reference trainer; None when it did not.
+        isolation: How records are kept apart.
     """
 
     config: RunConfig
@@ -64,7 +66,7 @@ class Plan:
     training: LocalTraining
     class_labels: bool
     setup: WorkerSetup
-    engine_reason: str | None
+    isolation: Isolation
 
     @property
     def charges(self) -> Charges:
@@ -85,6 +87,7 @@ class Plan:
             "layout": self.layout.digest,
             "engine": self.setup.engine,
             "code": self._code,
+            "program": None if self.setup.program is None else self.setup.program.digest,
         }
 
     @functools.cached_property
@@ -235,15 +238,14 @@ def prepare(
     training = LocalTraining(
         privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
     )
-    engine, reason = _engine(config, model, federation)
-    if engine == "opacus" and config.noise_level == "sample":
-        _check_record_gradients(model, rules, federation, training.loss, key)
+    engine, program = _engine(config, model, training, federation)
     setup = WorkerSetup(
         model=model,
         training=training,
         shards=federation.shards,
         rules=rules,
         engine=engine,
+        program=program,
         memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
         max_update_norm=config.max_update_norm,
         drop_failures=config.on_failure == "drop",
@@ -260,7 +262,7 @@ def prepare(
         training=training,
         class_labels=parts.loss is None,
         setup=setup,
-        engine_reason=reason,
+        isolation="alone" if engine == "alone" else "sequence",
     )
 
 
@@ -286,26 +288,27 @@ def _model(
     return model, rules
 
 
-def _engine(config: RunConfig, model: torch.nn.Module, federation: Federation) -> tuple[Engine, str | None]:
-    """Return the trainer of --engine, and why auto did not take the fast one."""
-    if config.engine == "opacus":
-        return "opacus", None
-    reason = reason_against(model, torch.from_numpy(federation.example[0][:3].copy()))
-    if reason is None:
-        return "stacked", None
-    if config.engine == "stacked":
-        raise InputError(f"--engine is stacked but {reason}; use --engine opacus or auto.")
-    return "opacus", reason
+def _engine(
+    config: RunConfig, model: torch.nn.Module, training: LocalTraining, federation: Federation
+) -> tuple[Engine, Program | None]:
+    """Return the trainer of --engine, and the program that it runs unless the model is a sequence of proven layers.
 
-
-def _check_record_gradients(
-    model: torch.nn.Module, rules: RecordRules, federation: Federation, loss: models.Loss, key: bytes
-) -> None:
-    """Raise InputError when Opacus' per-record gradients do not add up to the model's gradient."""
-    x, y = (part[:3] for part in federation.example)
-    rules.check(x, y, "shard 0")
-    with forked_global_rng(torch_seed(key, "gradients")):
-        models.check_record_gradients(model, torch.from_numpy(x.copy()), torch.from_numpy(y.copy()), loss)
+    Raises:
+        InputError: The engine cannot keep the records of this model apart.
+    """
+    asked: Engine = "stacked" if config.engine == "auto" else config.engine
+    reason = reason_against(model)
+    if asked in ("opacus", "sequence") and reason is not None:
+        raise InputError(
+            f"--engine is {asked} but {reason}, so nothing proves that it keeps records apart; use --engine auto."
+        )
+    isolation = isolation_of(asked, model)
+    x, y = (torch.from_numpy(part[:3].copy()) for part in federation.example)
+    try:
+        program = traced(isolation, model, training.loss, Shard(x=x, y=y))
+    except Untraceable as untraceable:
+        raise InputError(f"--model: {untraceable}.") from untraceable
+    return ("opacus" if asked == "opacus" else isolation), program
 
 
 def _pair(federation: Federation, index: int) -> tuple[Any, Any]:

@@ -13,9 +13,10 @@ import torch
 
 from fedray.data.shards import Shard, ShardCache
 from fedray.plan import Plan
-from fedray.pool.worker import new_trainer, resolve_device
+from fedray.pool.worker import resolve_device
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import RoundKeys, derive_key, numpy_generator
+from fedray.training.engines import new_trainer
 from fedray.training.trainer import GatewayShards, Trainer
 
 _PILOT_RUNS = 64
@@ -92,7 +93,8 @@ class Lab:
         training = replace(self.plan.training, privacy=spec)
         if plain_steps is not None:
             training = replace(training, optimizer="sgd", lr=plain_steps)
-        return new_trainer(self.plan.setup.engine, self.plan.model, training, self.device)
+        setup = self.plan.setup
+        return new_trainer(setup.engine, setup.model, training, self.device, program=setup.program)
 
     def keys(self, attack: str, number: int = 0, round_index: int = 1) -> RoundKeys:
         """Return keys that no run and no other attack uses."""

@@ -68,7 +68,7 @@ class Draws:
         shards: Sequence[Shard],
     ) -> None:
         self.shards = shards
-        self._identity = (keys, list(gateways))
+        self.identity = (keys, list(gateways))
         self._privacy = privacy
         self._device = device
         self._noise = LocalNoise(privacy, keys, gateways)
@@ -78,11 +78,11 @@ class Draws:
 
     def serve(self, keys: RoundKeys, gateways: Sequence[int]) -> bool:
         """Tell whether these are the draws of that round and group."""
-        return self._identity == (keys, list(gateways))
+        return self.identity == (keys, list(gateways))
 
     def following(self) -> Draws:
         """Return the draws of the same group in the next round, should it be the first attempt at it."""
-        keys, gateways = self._identity
+        keys, gateways = self.identity
         return Draws(self._privacy, self._device, keys.following(), gateways, self.shards)
 
     def draw_ahead(self, memory: torch.Tensor, stop: Event) -> None:
