@@ -66,8 +66,9 @@ class StackedTrainer:
         start = 0
         while start < len(gateways):
             first = shards[gateways[start]]
-            group = gateways[start : start + self._group_size(len(params), first)]
+            group = gateways[start : start + 1]
             try:
+                group = gateways[start : start + self._group_size(len(params), first)]
                 draws = self._draws(keys, group, shards)
                 with self._mode():
                     updates[start : start + len(group)] = self._train_group(params, group, draws)
