@@ -30,11 +30,8 @@ class RecordGradients(Protocol):
     """
 
     num_params: int
-
-    @property
-    def most_together(self) -> int:
-        """How many gateways it takes at once."""
-        ...
+    fewest_together: int
+    """Gateways that had better run together, where their parameters fit the cache."""
 
     def values_per_record(self, shard: Shard) -> int:
         """Return how many values one record's pass keeps, about; the shard gives an example."""
@@ -66,6 +63,8 @@ class SequenceGradients:
         Unsupported: It is no such sequence.
     """
 
+    fewest_together = 4
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -77,11 +76,6 @@ class SequenceGradients:
         self._loss: OutputGradient | None = None
         self._device = device
         self.num_params = self._model.num_params
-
-    @property
-    def most_together(self) -> int:
-        """See `RecordGradients.most_together`."""
-        return 2**31
 
     def values_per_record(self, shard: Shard) -> int:
         """See `RecordGradients.values_per_record`."""
@@ -153,7 +147,7 @@ class OutputGradient:
     def __init__(self, program: Program, device: torch.device) -> None:
         if program.draws:
             raise Untraceable("the loss draws random numbers; draw in the model instead")
-        self._batched = Batched(program, own_params=True)
+        self._batched = Batched(program, "records")
         self._constants = [constant.to(device) for constant in program.constants]
 
     def of(self, output: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
@@ -168,8 +162,7 @@ class OutputGradient:
             return None
         outputs, targets = (part.flatten(0, 1).unsqueeze(1) for part in (output, target))
         nothing = output.new_zeros(len(outputs), 1, 1)
-        (found,) = self._batched.run([outputs], self._constants, (), [nothing], targets, len(outputs))
-        if not self._batched.is_batched(self._batched.wanted[0]):
-            found = found.expand(len(outputs), *found.shape)
-        gradient: torch.Tensor = found.reshape(output.shape)
+        (index,), n = self._batched.wanted, len(outputs)
+        (found,) = self._batched.run([outputs], self._constants, (), [nothing], targets, n, 1, n)
+        gradient = self._batched.expanded({index: found}, index, 1, n).reshape(output.shape)
         return gradient * weights.view(*weights.shape, *([1] * (output.dim() - 2)))

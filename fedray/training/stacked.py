@@ -28,7 +28,6 @@ from fedray.training.row_optimizers import new_row_optimizer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
-_FEWEST_TOGETHER = 4  # gateways whose parameters would fit the cache
 _MATRICES = 5  # parameters, gradients, Adam's two moments, a layer's sums
 _AHEAD_BYTES = 8 * 2**20  # of noise drawn ahead of its round
 
@@ -90,8 +89,9 @@ class StackedTrainer:
         size = self._memory_limit // per_gateway
         if self._device.type == "cpu":
             # Small enough for the cache, but not so small that the calls cost more than the work.
-            size = min(size, max(_CACHE_BYTES // per_gateway, _FEWEST_TOGETHER if matrices <= _CACHE_BYTES else 1))
-        return max(1, min(size, self._gradients.most_together))
+            fewest = self._gradients.fewest_together if matrices <= _CACHE_BYTES else 1
+            size = min(size, max(_CACHE_BYTES // per_gateway, fewest))
+        return max(1, size)
 
     def _record_values(self, shard: Shard) -> int:
         if self._values_per_record is None:
