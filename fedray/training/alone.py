@@ -99,14 +99,18 @@ class AloneGradients:
         self._program = program
         self._one, self._several = Batched(program), Batched(program, "gateways")
         self._constants = [constant.to(self._device) for constant in program.constants]
+        self._tokens = {
+            site.param: torch.cat([self._constants[index - program.first_constant].flatten() for index in site.inputs])
+            for site in program.sites
+            if site.kind == "rows" and all(program.first_constant <= i < program.first_draw for i in site.inputs)
+        }
         self._made = {index: value for index, value in enumerate(program.gradients) if value is not None}
         self._small = [index for index in self._made if self._size(index) <= _JOINED]
         self._large = [index for index in self._made if self._size(index) > _JOINED]
         columns = [torch.arange(self._slices[index].start, self._slices[index].stop) for index in self._small]
         self._columns = torch.cat(columns).to(self._device) if columns else None
-        sizes = [i.spec.shape for i in program.instructions if i.spec is not None and i.out in self._one.of_records]
         weights = [*self._made, *(site.param for site in program.sites if self._is_made(site))]
-        self._values = sum(map(math.prod, sizes)) + 2 * sum(map(self._size, weights))
+        self._values = self._one.most_values + 2 * sum(map(self._size, weights))
         self._together = max(1, self._memory_limit // (4 * self._values))  # records
 
     def _is_made(self, site: Site) -> bool:
@@ -156,10 +160,11 @@ class AloneGradients:
         assert self._program is not None, "it has sites"
         where, (first, second) = self._slices[site.param], self._program.params[site.param]
         if site.kind == "rows":
-            tokens = _joined([of(index, -1) for index in site.inputs])
+            same = self._tokens.get(site.param)
+            tokens = same if same is not None else _joined([of(index, -1) for index in site.inputs])
             e = _joined([of(index, -1, second) for index in site.gradients])
             if site.padding is not None:
-                e = e.masked_fill((tokens == site.padding).unsqueeze(3), 0.0)
+                e = e.masked_fill((tokens == site.padding).unsqueeze(-1), 0.0)
             return Rows(tokens, e, first, where)
         sources = (site.gradients, site.inputs) if site.kind == "matrix" else (site.inputs, site.gradients)
         rows, columns = (
