@@ -41,6 +41,7 @@ class AloneGradients:
         memory_limit: Bytes that records may take at once.
     """
 
+    cache_bytes = 32 * 2**20
     fewest_together = 1
 
     def __init__(
@@ -53,16 +54,16 @@ class AloneGradients:
         self._slices = [where for _, _, where in layout.slices()]
         self._program: Program | None = None
 
-    def values_per_record(self, shard: Shard) -> int:
-        """See `RecordGradients.values_per_record`."""
+    def bytes_per_record(self, shard: Shard) -> int:
+        """See `RecordGradients.bytes_per_record`."""
         if self._program is None:
             with torch.inference_mode(False):
                 self._prepare(self._program_of(shard))
-        return self._values // 4
+        return 4 * self._values
 
     def bind(self, params: torch.Tensor, identity: Identity) -> None:
         """See `RecordGradients.bind`."""
-        assert self._program is not None, "values_per_record comes first"
+        assert self._program is not None, "bytes_per_record comes first"
         keys, gateways = identity
         self._many = len(gateways) > 1
         shapes = self._program.params
@@ -126,7 +127,7 @@ class AloneGradients:
 
     def _parts(self, batch: Batch, step: int) -> Iterator[tuple[list[Part], torch.Tensor]]:
         """Yield the parts of the gradients of as many records at a time as memory allows, and which records are drawn."""
-        assert self._program is not None, "values_per_record comes first"
+        assert self._program is not None, "bytes_per_record comes first"
         inputs, width = leaves(batch.x), batch.mask.shape[1]
         together = width if self._many else self._together
         for first in range(0, width, together):
@@ -142,7 +143,7 @@ class AloneGradients:
         self, inputs: Sequence[torch.Tensor], target: torch.Tensor, draws: Sequence[torch.Tensor], m: int, b: int
     ) -> list[Part]:
         """Run the program on records `[m·b, 1, …]`; return the parts of their gradients."""
-        assert self._program is not None, "values_per_record comes first"
+        assert self._program is not None, "bytes_per_record comes first"
         batched = self._several if self._many else self._one
         found = batched.run(self._params, self._constants, draws, inputs, target, m * b, m, b)
         values = dict(zip(batched.wanted, found, strict=True))
