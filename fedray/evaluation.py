@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.models import Loss
+from fedray.data.inputs import Inputs, on, taken
+from fedray.models import Loss, call_model
 from fedray.params import Layout
 
 _CHUNK = 4096  # records in one forward pass
@@ -28,7 +29,7 @@ class Evaluation:
 
     Args:
         model: Copied, in evaluation mode.
-        test: `(x, y)` tensors, or None.
+        test: `(x, y)`, or None.
         loss: Maps (output, target) to one value a record.
         class_labels: Whether accuracy has a meaning.
         device: Where.
@@ -37,14 +38,14 @@ class Evaluation:
     def __init__(
         self,
         model: torch.nn.Module,
-        test: tuple[torch.Tensor, torch.Tensor] | None,
+        test: tuple[Inputs, torch.Tensor] | None,
         loss: Loss,
         class_labels: bool,
         device: torch.device,
     ) -> None:
         self._model = copy.deepcopy(model).to(device).eval()
         self._layout = Layout.of(self._model)
-        self._test = None if test is None else (test[0].to(device), test[1].to(device))
+        self._test = None if test is None else (on(test[0], device), test[1].to(device))
         self._loss = loss
         self._class_labels = class_labels
 
@@ -57,7 +58,7 @@ class Evaluation:
         x, y = self._test
         total, correct = 0.0, 0
         for start in range(0, len(y), _CHUNK):
-            output = self._model(x[start : start + _CHUNK])
+            output = call_model(self._model, taken(x, slice(start, start + _CHUNK)))
             target = y[start : start + _CHUNK]
             total += float(self._loss(output, target).double().sum())
             correct += int((output.argmax(dim=-1) == target).sum()) if self._class_labels else 0

@@ -10,7 +10,7 @@ from fedray.data.shards import CutShards, RecordRules, ShardCache, as_arrays
 from fedray.errors import InputError
 from fedray.gateway import Gateway
 
-RULES = RecordRules(record_shape=(2,), integer=False, num_classes=2)
+RULES = RecordRules.of(np.zeros((1, 2), np.float32), 2)
 
 
 class Counted:
