@@ -131,7 +131,9 @@ def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[InputAr
     if isinstance(pair, Gateway):
         pair = pair.load()
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise InputError(f"{where} is {type(pair).__name__}; it must be a pair (x, y) of arrays.")
+        raise InputError(
+            f"{where} is {type(pair).__name__}; it must be a pair (x, y) of arrays; x may be a tuple or dict of arrays."
+        )
     x, y = _parts(pair[0], f"{where}: x"), _numeric(pair[1], f"{where}: y")
     names = leaf_names(x)
     for name, leaf in zip(names, leaves(x), strict=True):
