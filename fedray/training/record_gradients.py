@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.data.inputs import only_leaf
 from fedray.data.shards import Shard
 from fedray.privacy.clipping import clip_factors, usable
 from fedray.streams import RoundKeys
@@ -82,7 +83,7 @@ class SequenceGradients:
 
     def bytes_per_record(self, shard: Shard) -> int:
         """See `RecordGradients.bytes_per_record`."""
-        _, values = self._model.one_output(shard.x[:1].to(self._device))
+        _, values = self._model.one_output(only_leaf(shard.x)[:1].to(self._device))
         if self._loss_of is not None and self._loss is None:
             with torch.inference_mode(False):
                 self._loss = OutputGradient(self._loss_of(shard), self._device)
@@ -129,7 +130,7 @@ class SequenceGradients:
 
     def _differentiated(self, batch: Batch, weights: torch.Tensor) -> list[StackedLayer]:
         """Return the layers that sum(weights · losses) depends on, each with its inputs and output gradients."""
-        output = self._model.compute(batch.x)
+        output = self._model.compute(only_leaf(batch.x))
         if self._loss is None:
             gradient: torch.Tensor | None = cross_entropy_gradient(output, batch.y, weights)
         else:
