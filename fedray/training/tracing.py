@@ -376,7 +376,7 @@ class _Compiler:
             start += number
         return Program(
             params=tuple(tuple(_spec(node).shape) for node in self._inputs[: self._num_params]),  # type: ignore[union-attr]  # a tensor
-            constants=tuple(self._constants[node].clone() for node in constants),
+            constants=tuple(self._constants[node].clone(memory_format=torch.contiguous_format) for node in constants),
             draws=tuple(self._wanted.draws),
             num_inputs=self._num_inputs,
             instructions=tuple(instructions),
