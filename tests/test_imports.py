@@ -36,6 +36,7 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.worker",),
     ("training.engines",),
     ("training.reference", "training.stacked", "training.alone", "training.tracing"),
+    ("training.held_state",),
     ("training.record_gradients", "training.rewriting"),
     ("training.stacking", "training.row_optimizers", "training.draws", "training.recurrence", "training.record_draws"),
     ("training.chain", "training.batching", "training.parameter_uses"),

@@ -236,7 +236,7 @@ def _addmm(call: Call) -> str | None:
     if call.kwargs or call.is_batched(b):
         return None
     if not call.is_batched(a):
-        return f"torch.add({written(bias)}, torch.mm({written(a)}, {written(b)}))"
+        return f"torch.add({call.aligned(bias, 2)}, torch.mm({written(a)}, {written(b)}))"
     rows, inner = call.of(a).shape
     out = call.of(b).shape[1]
     added = written(bias)

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.models import Loss, call_model
+from fedray.training.held_state import changed, held_state
 from fedray.training.parameter_uses import Use, uses_of
 from fedray.training.program import Draw, Instruction, Program, Site, Spec, Untraceable, Value
 from fedray.training.rewriting import Rewriter, draws_of
@@ -76,6 +77,7 @@ class _Code:
         self.params = [named[name].detach() for name in self.trainable]
         frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
         self.held = frozen | {name: buffer.detach() for name, buffer in model.named_buffers()}
+        self.labels = [f"{'parameter' if name in frozen else 'buffer'} {name}" for name in self.held]
         self._model, self._loss, self._example = model, loss, example
         self.inputs = leaves(example.x)
 
@@ -104,8 +106,7 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
         Untraceable: The code looks at values, has state, or uses what is not supported; says which.
     """
     code = _Code(model, loss, example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+    with _watched(model, loss):
         try:
             try:
                 with _own_backward_passes_refused():
@@ -113,13 +114,65 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
             except _OwnBackward:
                 joint, wanted = _joint_directly(code)
             else:
-                uses = uses_of(forward, len(code.params))
-                joint, wanted = _joint(code, forward, uses)
+                _refuse_writes(forward, code)
+                joint, wanted = _joint(code, forward, uses_of(forward, len(code.params)))
         except Untraceable:
             raise
         except Exception as error:  # the user's code may do anything that torch.fx refuses
             raise Untraceable(_reason(error)) from error
     return _program(code, joint, wanted)
+
+
+@contextmanager
+def _watched(model: nn.Module, loss: Loss) -> Iterator[None]:
+    """Refuse code that changes what it holds while it runs."""
+    before = held_state(model, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+        yield
+    names = changed(before, held_state(model, loss))
+    if names:
+        raise Untraceable(_stateful(names))
+
+
+def _stateful(names: Sequence[str]) -> str:
+    if any("random numbers" in name for name in names):
+        return f"its code draws from {names[0]}, which cannot be keyed; draw by torch"
+    return (
+        f"its code changes {', '.join(names[:3])} while it trains; state would let one record speak in another's pass: keep "
+        "none, or set it in the constructor"
+    )
+
+
+def _refuse_writes(graph: fx.GraphModule, code: _Code) -> None:
+    """Refuse operations that change parameters, buffers or other tensors that the code holds."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    held = [*(f"parameter {name}" for name in code.trainable), *code.labels]
+    names = dict(zip(placeholders, held, strict=False))
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for position, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
+                continue
+            root = _root(node.args[position])
+            if root in names:
+                raise Untraceable(_stateful([names[root]]))
+            if isinstance(root, fx.Node) and root.op == "get_attr":
+                raise Untraceable(_stateful(["a tensor that it holds"]))
+
+
+def _root(node: Any) -> Any:
+    """Return what a view is a view of."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is operator.getitem:
+            node = node.args[0]
+            continue
+        returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node
 
 
 def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Program:
@@ -143,8 +196,7 @@ def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Progra
             return self.output
 
     code = _Code(Output(), loss, Example(x=torch.zeros(1, 1), y=target))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+    with _watched(nn.Identity(), loss):
         try:
             return _program(code, *_joint_directly(code))
         except Untraceable:
@@ -237,6 +289,7 @@ def _joint_directly(code: _Code) -> tuple[fx.GraphModule, _Wanted]:
 
     arguments = (*code.params, *code.held.values(), *code.inputs, code._example.y)
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    _refuse_writes(graph, code)
     graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
