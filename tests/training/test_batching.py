@@ -123,10 +123,10 @@ WHOLE: list[tuple[str, Callable[[torch.Generator], list[Any]]]] = [
     ("nll_loss_forward.default", lambda r: [N(3, 4)(r), W(4, 3)(r), None, 0, -100]),
     (
         "convolution_backward.default",
-        lambda r: [N(1, 6, 4, 4)(r), N(1, 4, 6, 6)(r), N(6, 2, 3, 3)(r), [6], [1, 1], [0, 0], [1, 1], False, [0, 0], 2]
-        + [[True] * 3],
+        lambda r: [N(1, 6, 4, 4)(r), N(1, 4, 6, 6)(r), N(6, 2, 3, 3)(r), [6], *CONVOLUTION, 2, [True] * 3],
     ),
 ]  # fmt: skip
+CONVOLUTION: list[Any] = [[1, 1], [0, 0], [1, 1], False, [0, 0]]
 SHARED_WEIGHT = {"convolution_backward.default": {2}}
 """Arguments that belong to a gateway or are constant, never to a record."""
 
