@@ -38,6 +38,15 @@ IDENTITIES = frozenset(
         "aten.contiguous.default",
     }
 )
+# Operations that fill a shape: with a number, or with the argument at a position.
+_FILLS: dict[str, float | int] = {
+    "aten.ones_like.default": 1.0,
+    "aten.zeros_like.default": 0.0,
+    "aten.new_ones.default": 1.0,
+    "aten.new_zeros.default": 0.0,
+    "aten.full_like.default": 1,
+    "aten.new_full.default": 2,
+}
 _LARGEST_FOLDED = 2**22  # values of a constant that is computed beforehand
 
 
@@ -315,6 +324,10 @@ class _Compiler:
         if _name(node) in IDENTITIES or _is_same_view(node):
             self._same[node] = self._of(node.args[0])  # type: ignore[arg-type]  # its argument is a node
             return
+        filled = _filled(node)
+        if filled is not None:
+            self._constants[node] = filled
+            return
         sources = [self._of(source) for source in node.all_input_nodes]
         if all(source in self._constants for source in sources) and _can_fold(node):
             arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._constants[self._of(source)])
@@ -341,7 +354,7 @@ class _Compiler:
         for node in self._nodes:
             index[node] = len(index)
             spec = _spec(node)
-            arguments = _plain((node.args, node.kwargs), lambda source: Value(index[self._of(source)]))
+            arguments = _plain(_complete(node), lambda source: Value(index[self._of(source)]))
             instructions.append(
                 Instruction(
                     op=_name(node), args=tuple(arguments[0]), kwargs=dict(arguments[1]), out=index[node], spec=spec
@@ -363,7 +376,7 @@ class _Compiler:
             start += number
         return Program(
             params=tuple(tuple(_spec(node).shape) for node in self._inputs[: self._num_params]),  # type: ignore[union-attr]  # a tensor
-            constants=tuple(self._constants[node].clone() for node in constants),
+            constants=tuple(self._constants[node].clone(memory_format=torch.contiguous_format) for node in constants),
             draws=tuple(self._wanted.draws),
             num_inputs=self._num_inputs,
             instructions=tuple(instructions),
@@ -381,17 +394,29 @@ def _name(node: fx.Node) -> str:
     raise Untraceable(f"it calls {node.target}, which is no operation on tensors")
 
 
+def _complete(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """Return a node's arguments with all positional ones by position, defaults included: rules count on their places."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return list(node.args), dict(node.kwargs)
+    positional = [one for one in node.target._schema.arguments if not one.kwarg_only]
+    named = dict(node.kwargs)
+    args = list(node.args)
+    for one in positional[len(args) :]:
+        args.append(named.pop(one.name) if one.name in named else one.default_value)
+    return args, named
+
+
 def _is_same_view(node: fx.Node) -> bool:
     """Tell whether a node gives its input back as it is."""
-    if _name(node) not in (
-        "aten.view.default",
-        "aten.expand.default",
-        "aten.reshape.default",
-        "aten._unsafe_view.default",
-    ):
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or _spec(source) is None or _spec(source) != _spec(node):
         return False
-    source = node.args[0]
-    return isinstance(source, fx.Node) and _spec(source) == _spec(node)
+    name = _name(node)
+    if name == "aten.permute.default":
+        return list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type]  # whole numbers
+    if name == "aten.sum.dim_IntList":
+        return True  # over dimensions of size 1, which are kept
+    return name in ("aten.view.default", "aten.expand.default", "aten.reshape.default", "aten._unsafe_view.default")
 
 
 def _can_fold(node: fx.Node) -> bool:
@@ -402,6 +427,17 @@ def _can_fold(node: fx.Node) -> bool:
         )
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.numel() <= _LARGEST_FOLDED
+
+
+def _filled(node: fx.Node) -> torch.Tensor | None:
+    """Return the value of a node that takes nothing but a shape from its inputs."""
+    value, fill = node.meta.get("val"), _FILLS.get(_name(node))
+    if fill is None or not isinstance(value, torch.Tensor) or value.numel() > _LARGEST_FOLDED:
+        return None
+    number = fill if isinstance(fill, float) else node.args[int(fill)]
+    if not isinstance(number, int | float):
+        return None
+    return torch.full(tuple(map(int, value.shape)), number, dtype=value.dtype)
 
 
 def _spec(node: fx.Node) -> Spec | None:
