@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from fedray import models
 from fedray.config import RunConfig
-from fedray.data import source
+from fedray.data import inputs, source
 from fedray.data.shards import RecordRules, Shard, as_arrays
 from fedray.data.source import Federation
 from fedray.data.toy import ToyShards
@@ -73,10 +73,10 @@ class Plan:
         """What the whole planned run will be charged."""
         return Charges(steps=self.config.rounds * self.config.local_steps, rounds=self.config.rounds)
 
-    def test_tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def test_tensors(self) -> tuple[inputs.Inputs, torch.Tensor] | None:
         """Return the held-out data as tensors."""
         test = self.federation.test
-        return None if test is None else (torch.from_numpy(test[0].copy()), torch.from_numpy(test[1].copy()))
+        return None if test is None else (inputs.tensors(test[0]), torch.from_numpy(test[1].copy()))
 
     def constants(self) -> dict[str, Any]:
         """Return the public constants that decide what a round computes, for the digest of its inputs."""
@@ -155,7 +155,9 @@ class Plan:
         name, code = getattr(loss, "__name__", type(loss).__name__), getattr(loss, "__code__", None)
         found["loss"] = " ".join((name, *(() if code is None else code.co_names)))
         if self.federation.test is not None:
-            found["test data"] = _digest(torch.from_numpy(part) for part in self.federation.test)
+            x, y = self.federation.test
+            parts = [torch.from_numpy(part) for part in (*inputs.leaves(x), y)]
+            found["test data"] = _digest(parts, () if isinstance(x, np.ndarray) else inputs.leaf_names(x))
         if self.config.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):
             macs = lazy_shards
             if not self.federation.lazy:
@@ -164,10 +166,11 @@ class Plan:
         return found
 
 
-def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest(tensors: Iterable[torch.Tensor], names: Sequence[str] = ()) -> str:
+    found = hashlib.sha256("".join(names).encode())
     for tensor in tensors:
-        values = tensor.detach().cpu().contiguous()
+        # contiguous() would leave expanded dimensions of size 1, whose bytes cannot be viewed
+        values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         found.update(f"{values.dtype}{tuple(values.shape)}".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -269,8 +272,8 @@ def prepare(
 def _model(
     config: RunConfig, parts: UserParts, federation: Federation, key: bytes
 ) -> tuple[torch.nn.Module, RecordRules]:
-    x, y = (torch.from_numpy(part[:3].copy()) for part in federation.example)
-    record_shape = tuple(x.shape[1:])
+    sample = _few(federation)
+    record_shape = tuple(sample.x.shape[1:]) if isinstance(sample.x, torch.Tensor) else None
     with forked_global_rng(torch_seed(key, "model")):
         if parts.model is not None:
             model = models.from_function(parts.model, getattr(parts.model, "__name__", "model"))
@@ -278,8 +281,8 @@ def _model(
             model = models.build(config.model, record_shape, federation.num_classes)
         if config.fix_model:
             model = models.fix(model)
-        num_outputs = models.check(model, x, y, parts.loss)
-    rules = RecordRules(record_shape=record_shape, integer=not x.is_floating_point(), num_classes=num_outputs)
+        num_outputs = models.check(model, sample.x, sample.y, parts.loss)
+    rules = RecordRules.of(federation.example[0], num_outputs)
     if not federation.lazy and (parts.shards is not None or config.dataset != "toy"):
         for index in range(len(federation.shards)):
             rules.check(*_pair(federation, index), f"shard {index}")
@@ -303,17 +306,22 @@ def _engine(
             f"--engine is {asked} but {reason}, so nothing proves that it keeps records apart; use --engine auto."
         )
     isolation = isolation_of(asked, model)
-    x, y = (torch.from_numpy(part[:3].copy()) for part in federation.example)
     try:
-        program = traced(isolation, model, training.loss, Shard(x=x, y=y))
+        program = traced(isolation, model, training.loss, _few(federation))
     except Untraceable as untraceable:
         raise InputError(f"--model: {untraceable}.") from untraceable
     return ("opacus" if asked == "opacus" else isolation), program
 
 
+def _few(federation: Federation) -> Shard:
+    """Return up to three records to try the model on."""
+    x, y = federation.example
+    return Shard(x=inputs.tensors(inputs.taken(x, slice(3))), y=torch.from_numpy(y[:3].copy()))
+
+
 def _pair(federation: Federation, index: int) -> tuple[Any, Any]:
     x, y = federation.shards[index]
-    return np.asarray(x), np.asarray(y)
+    return inputs.rebuilt(x, [np.asarray(leaf) for leaf in inputs.leaves(x)]), np.asarray(y)
 
 
 def _calibrated(spec: PrivacySpec, config: RunConfig, noise_multiplier: float | None) -> PrivacySpec:

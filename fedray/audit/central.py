@@ -124,8 +124,7 @@ class Federation:
 
 def _repeated(records: Shard, like: Shard) -> Shard:
     """Return as many records as the real shard has, so that batches are as large as its own."""
-    index = torch.arange(like.num_records) % records.num_records
-    return Shard(x=records.x[index], y=records.y[index])
+    return records.records(torch.arange(like.num_records) % records.num_records)
 
 
 def attack_aggregation(lab: Lab) -> list[Finding]:

@@ -118,8 +118,7 @@ def _turn(step: int) -> int:
 
 def few_records(lab: Lab) -> Shard:
     """Return a few records of gateway 0: the rest of the batch, which the attacker knows."""
-    shard = lab.shards[0]
-    return Shard(x=shard.x[:_REST_RECORDS], y=shard.y[:_REST_RECORDS])
+    return lab.shards[0].records(slice(_REST_RECORDS))
 
 
 def play(lab: Lab, game: Game, runs: int) -> tuple[Float64Array, Float64Array]:

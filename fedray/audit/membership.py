@@ -17,8 +17,9 @@ from fedray.audit.bounds import area_under_curve, one_run_epsilon
 from fedray.audit.canaries import Directions, mislabelled, out_of_distribution
 from fedray.audit.finding import Finding
 from fedray.audit.lab import Lab
-from fedray.data.shards import Shard
-from fedray.models import Loss
+from fedray.data.inputs import Array, InputArrays, arrays
+from fedray.data.shards import Shard, joined
+from fedray.models import Loss, call_model
 from fedray.params import Layout
 from fedray.pool.worker import Worker
 from fedray.privacy import mechanism
@@ -96,7 +97,7 @@ class _MemberShards:
 
     def __getitem__(self, gateway: int, /) -> Shard:
         index = torch.zeros(max(1, len(self._members[gateway])), dtype=torch.long)
-        return Shard(x=self._like.x[index], y=self._like.y[index])
+        return self._like.records(index)
 
 
 def attack_one_run(lab: Lab) -> list[Finding]:
@@ -143,13 +144,10 @@ class _ShardsWithCanaries:
     def __len__(self) -> int:
         return len(self._planted)
 
-    def __getitem__(self, index: int, /) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
-        shard, planted = self._lab.shards[index], self._planted[index]
-        chosen = torch.from_numpy(planted.inside)
-        return (
-            torch.cat([shard.x, planted.records.x[chosen]]).numpy(),
-            torch.cat([shard.y, planted.records.y[chosen]]).numpy(),
-        )
+    def __getitem__(self, index: int, /) -> tuple[InputArrays, Array]:
+        planted = self._planted[index]
+        both = joined([self._lab.shards[index], planted.records.records(torch.from_numpy(planted.inside))])
+        return arrays(both.x), both.y.numpy()
 
 
 def attack_model(lab: Lab) -> list[Finding]:
@@ -178,7 +176,7 @@ def _plant(lab: Lab) -> list[_Planted]:
         half = max(1, min(32, int(_SHARE * nominal), shard.num_records))
         model, labels = lab.plan.model, lab.plan.class_labels
         both = [make(model, shard, half, rng, labels) for make in (mislabelled, out_of_distribution)]
-        records = Shard(x=torch.cat([one.x for one in both]), y=torch.cat([one.y for one in both]))
+        records = joined(both)
         planted.append(_Planted(records=records, inside=rng.random(records.num_records) < 0.5))
     return planted
 
@@ -208,6 +206,6 @@ def _losses(
 ) -> Float64Array:
     model = copy.deepcopy(model).eval()
     layout.load(model, params)
-    values = loss(model(records.x), records.y).double().numpy()
+    values = loss(call_model(model, records.x), records.y).double().numpy()
     finite: Float64Array = np.nan_to_num(values, nan=0.0, posinf=1e30, neginf=-1e30)
     return finite

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fedray.audit import power
 from fedray.audit.bounds import Scores, count, game_bound, gaussian_bound
@@ -23,7 +22,7 @@ from fedray.audit.canaries import (
 from fedray.audit.directions import LARGEST_PLAYABLE_MU, few_records
 from fedray.audit.finding import Finding
 from fedray.audit.lab import Lab, SameShard
-from fedray.data.shards import Shard
+from fedray.data.shards import Shard, joined
 from fedray.privacy.levels import Adjacency, Unit, level_of
 
 Float64Array = npt.NDArray[np.float64]
@@ -94,7 +93,7 @@ def _ways(lab: Lab, kind: str, make: Callable[..., Shard]) -> list[_Way]:
     canary = make(lab.plan.model, shard, number, lab.rng(kind), lab.plan.class_labels)
     gradients = record_gradients(lab.plan.model, lab.plan.training.loss, canary)
     if by_record:
-        moved, records = clipped(gradients, lab.clip_norm)[0], _joined([few_records(lab), canary])
+        moved, records = clipped(gradients, lab.clip_norm)[0], joined([few_records(lab), canary])
     else:
         mean = gradients.sum(axis=0, keepdims=True) / lab.spec.batch_size
         moved, records = clipped(mean, lab.clip_norm)[0], canary
@@ -157,7 +156,3 @@ def _readings(
     keys = lab.keys(f"records {world}", runs)
     parts = [updates @ directions.T for updates in lab.train(trainer, keys, runs, SameShard(records))]
     return np.concatenate(parts).astype(np.float64) * (-divisor / lr)
-
-
-def _joined(shards: Sequence[Shard]) -> Shard:
-    return Shard(x=torch.cat([shard.x for shard in shards]), y=torch.cat([shard.y for shard in shards]))

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fedray.aggregation import GroupResult, weighted_sum
+from fedray.data.inputs import InputArrays, arrays, leaf_names, leaves
 from fedray.data.shards import RecordRules, Shard, ShardCache, Shards
 from fedray.errors import GatewayError, InputError
 from fedray.params import Layout
@@ -131,7 +132,7 @@ class Worker:
                 shard = self._shards[gateway]
             except GatewayError as error:
                 raise InputError(error.message) from error
-            found[gateway] = shard_mac(key, shard.x.numpy(), shard.y.numpy())
+            found[gateway] = shard_mac(key, arrays(shard.x), shard.y.numpy())
         return found
 
     def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> GroupResult:
@@ -257,7 +258,9 @@ def _stack(rows: Sequence[Any], num_params: int) -> npt.NDArray[np.float32]:
     return np.stack(rows) if rows else np.empty((0, num_params), np.float32)
 
 
-def shard_mac(key: bytes, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> str:
-    """Return the MAC of a shard's records."""
-    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
-    return mac(key, f"{x.dtype}{x.shape}{y.dtype}{y.shape}".encode() + x.tobytes() + y.tobytes())
+def shard_mac(key: bytes, x: InputArrays, y: npt.NDArray[Any]) -> str:
+    """Return the MAC of a shard's records: of each array's name (where x has several), type, shape and values."""
+    parts = [np.ascontiguousarray(part) for part in (*leaves(x), y)]
+    names = ["", ""] if isinstance(x, np.ndarray) else [*leaf_names(x), "y"]
+    heads = [f"{name}{part.dtype}{part.shape}" for name, part in zip(names, parts, strict=True)]
+    return mac(key, b"".join(["".join(heads).encode(), *(part.tobytes() for part in parts)]))

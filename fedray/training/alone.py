@@ -41,6 +41,7 @@ class AloneGradients:
         memory_limit: Bytes that records may take at once.
     """
 
+    cache_bytes = 32 * 2**20
     fewest_together = 1
 
     def __init__(
@@ -53,16 +54,16 @@ class AloneGradients:
         self._slices = [where for _, _, where in layout.slices()]
         self._program: Program | None = None
 
-    def values_per_record(self, shard: Shard) -> int:
-        """See `RecordGradients.values_per_record`."""
+    def bytes_per_record(self, shard: Shard) -> int:
+        """See `RecordGradients.bytes_per_record`."""
         if self._program is None:
             with torch.inference_mode(False):
                 self._prepare(self._program_of(shard))
-        return self._values // 4
+        return 4 * self._values
 
     def bind(self, params: torch.Tensor, identity: Identity) -> None:
         """See `RecordGradients.bind`."""
-        assert self._program is not None, "values_per_record comes first"
+        assert self._program is not None, "bytes_per_record comes first"
         keys, gateways = identity
         self._many = len(gateways) > 1
         shapes = self._program.params
@@ -99,14 +100,18 @@ class AloneGradients:
         self._program = program
         self._one, self._several = Batched(program), Batched(program, "gateways")
         self._constants = [constant.to(self._device) for constant in program.constants]
+        self._tokens = {
+            site.param: torch.cat([self._constants[index - program.first_constant].flatten() for index in site.inputs])
+            for site in program.sites
+            if site.kind == "rows" and all(program.first_constant <= i < program.first_draw for i in site.inputs)
+        }
         self._made = {index: value for index, value in enumerate(program.gradients) if value is not None}
         self._small = [index for index in self._made if self._size(index) <= _JOINED]
         self._large = [index for index in self._made if self._size(index) > _JOINED]
         columns = [torch.arange(self._slices[index].start, self._slices[index].stop) for index in self._small]
         self._columns = torch.cat(columns).to(self._device) if columns else None
-        sizes = [i.spec.shape for i in program.instructions if i.spec is not None and i.out in self._one.of_records]
         weights = [*self._made, *(site.param for site in program.sites if self._is_made(site))]
-        self._values = sum(map(math.prod, sizes)) + 2 * sum(map(self._size, weights))
+        self._values = self._one.most_values + 2 * sum(map(self._size, weights))
         self._together = max(1, self._memory_limit // (4 * self._values))  # records
 
     def _is_made(self, site: Site) -> bool:
@@ -122,7 +127,7 @@ class AloneGradients:
 
     def _parts(self, batch: Batch, step: int) -> Iterator[tuple[list[Part], torch.Tensor]]:
         """Yield the parts of the gradients of as many records at a time as memory allows, and which records are drawn."""
-        assert self._program is not None, "values_per_record comes first"
+        assert self._program is not None, "bytes_per_record comes first"
         inputs, width = leaves(batch.x), batch.mask.shape[1]
         together = width if self._many else self._together
         for first in range(0, width, together):
@@ -138,7 +143,7 @@ class AloneGradients:
         self, inputs: Sequence[torch.Tensor], target: torch.Tensor, draws: Sequence[torch.Tensor], m: int, b: int
     ) -> list[Part]:
         """Run the program on records `[m·b, 1, …]`; return the parts of their gradients."""
-        assert self._program is not None, "values_per_record comes first"
+        assert self._program is not None, "bytes_per_record comes first"
         batched = self._several if self._many else self._one
         found = batched.run(self._params, self._constants, draws, inputs, target, m * b, m, b)
         values = dict(zip(batched.wanted, found, strict=True))
@@ -156,10 +161,11 @@ class AloneGradients:
         assert self._program is not None, "it has sites"
         where, (first, second) = self._slices[site.param], self._program.params[site.param]
         if site.kind == "rows":
-            tokens = _joined([of(index, -1) for index in site.inputs])
+            same = self._tokens.get(site.param)
+            tokens = same if same is not None else _joined([of(index, -1) for index in site.inputs])
             e = _joined([of(index, -1, second) for index in site.gradients])
             if site.padding is not None:
-                e = e.masked_fill((tokens == site.padding).unsqueeze(3), 0.0)
+                e = e.masked_fill((tokens == site.padding).unsqueeze(-1), 0.0)
             return Rows(tokens, e, first, where)
         sources = (site.gradients, site.inputs) if site.kind == "matrix" else (site.inputs, site.gradients)
         rows, columns = (

@@ -8,6 +8,7 @@ mapped over it by torch.vmap. That rules keep records apart is tested for each o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ Params = Literal["shared", "gateways", "records"]
 class Batched:
     """A program that runs on any number of records at once.
 
-    `run(params, constants, draws, inputs, target, n, m, b)` returns the values `wanted`.
+    `run(params, constants, draws, inputs, target, n, m, b)` returns the values `wanted`. `most_values` is how many values a
+    record holds at once, at most.
 
     Args:
         program: For one record.
@@ -70,6 +72,7 @@ class Batched:
                 last[index] = position
         kept = set(self.wanted)
         lines = []
+        held, self.most_values = 0, 0
         for where, first, number in (
             ("params", 0, len(program.params)),
             ("constants", program.first_constant, len(program.constants)),
@@ -80,11 +83,19 @@ class Batched:
         lines.append(f"v{program.num_values - 1} = target")
         for position, instruction in enumerate(program.instructions):
             lines.append(f"v{instruction.out} = {self._expression(instruction)}")
+            held += self._size(instruction.out)
+            self.most_values = max(self.most_values, held)
             done = [i for i, end in last.items() if end == position and i not in kept and i >= program.num_values]
+            held -= sum(map(self._size, done))
             if done:
                 lines.append("".join(f"v{index} = " for index in sorted(done)) + "None")
         lines.append("return (" + "".join(f"v{index}, " for index in self.wanted) + ")")
         return lines
+
+    def _size(self, index: int) -> int:
+        """Return how many values of one record an instruction's result holds; views count as if they were copies."""
+        spec = self.program.specs.get(index)
+        return math.prod(spec.shape) if spec is not None and index in self.of_records else 0
 
     def _expression(self, instruction: Instruction) -> str:
         sources = {*values_in((instruction.args, instruction.kwargs))}

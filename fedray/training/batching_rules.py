@@ -233,8 +233,10 @@ def _mm(call: Call) -> str | None:
 
 def _addmm(call: Call) -> str | None:
     bias, a, b = call.args
-    if call.kwargs or not call.is_batched(a) or call.is_batched(b):
+    if call.kwargs or call.is_batched(b):
         return None
+    if not call.is_batched(a):
+        return f"torch.add({written(bias)}, torch.mm({written(a)}, {written(b)}))"
     rows, inner = call.of(a).shape
     out = call.of(b).shape[1]
     added = written(bias)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fedray.data.inputs import leaves, rebuilt
+from fedray.data.inputs import on, only_leaf, taken
 from fedray.data.shards import Shard
 from fedray.models import Loss, cross_entropy
 from fedray.params import Layout
@@ -49,9 +49,9 @@ def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> 
         trace_loss,
     )
 
-    x, y = rebuilt(shard.x, [leaf[:1].cpu() for leaf in leaves(shard.x)]), shard.y[:1].cpu()
+    x, y = on(taken(shard.x, slice(1)), torch.device("cpu")), shard.y[:1].cpu()
     if isolation == "sequence":
-        output, _ = StackedModel(model, torch.device("cpu")).one_output(x)
+        output, _ = StackedModel(model, torch.device("cpu")).one_output(only_leaf(x))
         return trace_loss(loss, output, y)
     return trace(copy.deepcopy(model).cpu().train(), loss, Example(x=x, y=y))
 

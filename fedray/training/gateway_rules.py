@@ -63,8 +63,13 @@ def _mm(call: MixedCall) -> str | None:
 
 def _addmm(call: MixedCall) -> str | None:
     bias, a, b = call.args
-    if call.kwargs or not call.is_batched(a) or not call.is_of_gateways(b):
+    if call.kwargs or not call.is_of_gateways(b):
         return None
+    if not call.is_batched(a):
+        if call.is_of_gateways(a):
+            return None
+        product = f"torch.matmul({written(a)}, {written(b)}).unsqueeze(1)"
+        return f"torch.add({call.aligned(bias, 2)}, {product}).flatten(0, 1)"
     rows, inner = call.of(a).shape
     shape = call.of(bias).shape
     if call.is_batched(bias):

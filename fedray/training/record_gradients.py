@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.data.inputs import only_leaf
 from fedray.data.shards import Shard
 from fedray.privacy.clipping import clip_factors, usable
 from fedray.streams import RoundKeys
@@ -30,11 +31,13 @@ class RecordGradients(Protocol):
     """
 
     num_params: int
+    cache_bytes: int
+    """Memory that a group's step had better go over at most, on a CPU: larger groups leave the last-level cache."""
     fewest_together: int
-    """Gateways that had better run together, where their parameters fit the cache."""
+    """Gateways that had better run together all the same, where their parameters fit the cache."""
 
-    def values_per_record(self, shard: Shard) -> int:
-        """Return how many values one record's pass keeps, about; the shard gives an example."""
+    def bytes_per_record(self, shard: Shard) -> int:
+        """Return the memory that one record's pass takes, about; the shard gives an example. Comes first."""
         ...
 
     def bind(self, params: torch.Tensor, identity: Identity) -> None:
@@ -63,6 +66,7 @@ class SequenceGradients:
         Unsupported: It is no such sequence.
     """
 
+    cache_bytes = 16 * 2**20
     fewest_together = 4
 
     def __init__(
@@ -77,13 +81,13 @@ class SequenceGradients:
         self._device = device
         self.num_params = self._model.num_params
 
-    def values_per_record(self, shard: Shard) -> int:
-        """See `RecordGradients.values_per_record`."""
-        _, values = self._model.one_output(shard.x[:1].to(self._device))
+    def bytes_per_record(self, shard: Shard) -> int:
+        """See `RecordGradients.bytes_per_record`."""
+        _, values = self._model.one_output(only_leaf(shard.x)[:1].to(self._device))
         if self._loss_of is not None and self._loss is None:
             with torch.inference_mode(False):
                 self._loss = OutputGradient(self._loss_of(shard), self._device)
-        return values
+        return 16 * values  # inputs, outputs, their gradients and one temporary of each
 
     def bind(self, params: torch.Tensor, identity: Identity) -> None:
         """See `RecordGradients.bind`."""
@@ -126,7 +130,7 @@ class SequenceGradients:
 
     def _differentiated(self, batch: Batch, weights: torch.Tensor) -> list[StackedLayer]:
         """Return the layers that sum(weights · losses) depends on, each with its inputs and output gradients."""
-        output = self._model.compute(batch.x)
+        output = self._model.compute(only_leaf(batch.x))
         if self._loss is None:
             gradient: torch.Tensor | None = cross_entropy_gradient(output, batch.y, weights)
         else:

@@ -103,15 +103,23 @@ class Rows:
     """Gradients of an embedding's rows: what is added to which.
 
     Args:
-        tokens: `[m, b, S]`.
+        tokens: `[m, b, S]`, or `[S]` when all records have the same.
         e: `[m, b, S, D]`.
         num_rows: V.
         where: The embedding's columns.
     """
 
     def __init__(self, tokens: torch.Tensor, e: torch.Tensor, num_rows: int, where: slice) -> None:
-        self._tokens, self._num_rows, self._where = tokens, num_rows, where
-        self._added = added_rows(tokens.flatten(0, 1), e.flatten(0, 1)).view_as(e)
+        self._num_rows, self._where = num_rows, where
+        if tokens.dim() == 1:
+            rows, place = torch.unique(tokens, return_inverse=True)
+            if len(rows) < len(tokens):
+                chosen = torch.nn.functional.one_hot(place, len(rows)).to(e.dtype)
+                e = torch.matmul(chosen.t(), e)
+                tokens = rows
+            self._tokens, self._added = tokens.expand(*e.shape[:2], -1), e
+        else:
+            self._tokens, self._added = tokens, added_rows(tokens.flatten(0, 1), e.flatten(0, 1)).view_as(e)
 
     def squared_norms(self) -> torch.Tensor:
         """See `Part.squared_norms`."""
@@ -147,5 +155,4 @@ def added_rows(tokens: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         return e
     same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
     repeats = same.tril(-1).any(2)
-    added = torch.bmm(same.double(), e.double())  # cancelling tokens need the digits
-    return torch.where(repeats.unsqueeze(2), 0.0, added).to(e.dtype)
+    return torch.bmm((same & ~repeats.unsqueeze(2)).to(e.dtype), e)

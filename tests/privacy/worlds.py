@@ -222,7 +222,7 @@ def observe_nothing(
 def worker_of(engine: str, model: nn.Module, training: LocalTraining, shards: Sequence[Shard]) -> worker.Worker:
     """Return a real worker over these shards."""
     pairs = [(shard.x.numpy(), shard.y.numpy()) for shard in shards]
-    rules = RecordRules(record_shape=(NUM_FEATURES,), integer=False, num_classes=None)
+    rules = RecordRules.of(np.zeros((1, NUM_FEATURES), np.float32), None)
     setup = worker.WorkerSetup(
         model=model, training=training, shards=pairs, rules=rules, engine=cast(engines.Engine, engine)
     )
