@@ -310,6 +310,10 @@ def _engine(
         program = traced(isolation, model, training.loss, _few(federation))
     except Untraceable as untraceable:
         raise InputError(f"--model: {untraceable}.") from untraceable
+    except SystemExit as left:  # it ran well when no gradient was asked for, and leaves the program now
+        raise InputError(
+            "--model: its forward pass on a single record, with gradients, raised SystemExit; it must return an output."
+        ) from left
     return ("opacus" if asked == "opacus" else isolation), program
 
 
