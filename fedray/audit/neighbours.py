@@ -1,0 +1,122 @@
+"""Neighbouring data sets: shards of real records in which one record, or all others, are exchanged or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedray.audit.canaries import mislabelled, out_of_distribution
+from fedray.audit.lab import Lab
+from fedray.data.shards import Shard
+
+_POOL = 8  # records of a kind that stand by
+
+
+def chosen(shard: Shard, index: npt.NDArray[np.int64]) -> Shard:
+    """Return the records of a shard at these indices."""
+    rows = torch.from_numpy(index)
+    return Shard(x=shard.x[rows], y=shard.y[rows])
+
+
+def joined(shards: Sequence[Shard]) -> Shard:
+    """Return the records of all shards, one shard after the other."""
+    return Shard(x=torch.cat([shard.x for shard in shards]), y=torch.cat([shard.y for shard in shards]))
+
+
+def exchanged(shard: Shard, index: int, record: Shard) -> Shard:
+    """Return the shard with one record exchanged."""
+    x, y = shard.x.clone(), shard.y.clone()
+    x[index], y[index] = record.x[0], record.y[0]
+    return Shard(x=x, y=y)
+
+
+def without_last(shard: Shard) -> Shard:
+    """Return the shard without its last record."""
+    return Shard(x=shard.x[:-1], y=shard.y[:-1])
+
+
+def repeated(records: Shard, number: int) -> Shard:
+    """Return `number` records, these over and over."""
+    return chosen(records, np.arange(number) % records.num_records)
+
+
+def broken(record: Shard) -> Shard:
+    """Return a record of NaN, as overflows in a user's transform make it; tokens stay what they are."""
+    return Shard(x=record.x * torch.nan, y=record.y) if record.x.is_floating_point() else record
+
+
+class Substitutes:
+    """Records to put in the place of others: real ones, mislabelled ones, and ones far outside of the data.
+
+    Args:
+        lab: The run under attack.
+        with_broken: Also hand out records of NaN.
+    """
+
+    def __init__(self, lab: Lab, with_broken: bool = True) -> None:
+        shard, rng, labels = lab.shards[0], lab.rng("substitutes"), lab.plan.class_labels
+        number = min(_POOL, shard.num_records)
+        self._kinds = [
+            chosen(shard, rng.integers(shard.num_records, size=number)),
+            mislabelled(lab.model, shard, number, rng, labels),
+            out_of_distribution(lab.model, shard, number, rng, labels),
+        ]
+        if with_broken and shard.x.is_floating_point():
+            self._kinds.append(broken(self._kinds[0]))
+
+    def record(self, number: int) -> Shard:
+        """Return substitute `number`: the kinds take turns."""
+        kind = self._kinds[number % len(self._kinds)]
+        place = (number // len(self._kinds)) % kind.num_records
+        return chosen(kind, np.array([place]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The shards of all gateways in one world.
+
+    Args:
+        shards: One a gateway.
+        name: What is exchanged in it.
+    """
+
+    shards: Mapping[int, Shard]
+    name: str
+
+
+def worlds_around(
+    lab: Lab, sizes: Sequence[int], victim: int, substitute: Shard, rng: np.random.Generator, remove: bool
+) -> dict[str, World]:
+    """Return neighbouring worlds in which one gateway's last record, its other records, or both are exchanged.
+
+    Args:
+        lab: Gives real records.
+        sizes: Records of each gateway.
+        victim: The gateway whose records change.
+        substitute: What stands for its last record.
+        rng: Chooses records.
+        remove: Add a world without the last record, where the gateway has another one.
+    """
+    base, others = (
+        [
+            chosen(real, rng.integers(real.num_records, size=size))
+            for real, size in ((lab.shards[gateway], size) for gateway, size in enumerate(sizes))
+        ]
+        for _ in range(2)
+    )
+    last = sizes[victim] - 1
+    own = base[victim]
+    context = exchanged(others[victim], last, chosen(own, np.array([last])))
+    found = {
+        "base": own,
+        "record": exchanged(own, last, substitute),
+        "others": context,
+        "both": exchanged(context, last, substitute),
+    }
+    if remove and last > 0:
+        found["without"] = without_last(own)
+    return {name: World(shards={**dict(enumerate(base)), victim: shard}, name=name) for name, shard in found.items()}

@@ -1,0 +1,110 @@
+"""T4 and T13 at `gateway`: exchange records of one gateway; its update may change by 2 C once it is clipped, no other one at all.
+
+Local training is played by the run's own trainer, with the run's optimizer, several gateways side by side; what is added up is
+clipped by the real worker. No statistics: worlds with the same keys are compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from fedray.audit.canaries import clipped
+from fedray.audit.central import Federation
+from fedray.audit.finding import Finding
+from fedray.audit.isolation import SIDE_BY_SIDE, batch_sizes, parameter_points
+from fedray.audit.lab import Float32Array, Lab
+from fedray.audit.movement import TOLERANCE, Movement, distance, findings_of
+from fedray.audit.neighbours import Substitutes, World, worlds_around
+from fedray.errors import RunFailedError
+from fedray.training.trainer import Trainer
+
+_STEPS = 3
+
+
+def attack_updates(lab: Lab) -> list[Finding]:
+    """Compare updates of neighbouring worlds, and sums of clipped updates with and without a hostile one."""
+    movement, gateways = Movement(), min(lab.plan.config.gateways, SIDE_BY_SIDE)
+    full = lab.trainer(replace(lab.spec, local_steps=min(_STEPS, lab.spec.local_steps), sample_rate=1.0))
+    points, substitutes = list(parameter_points(lab)), Substitutes(lab, with_broken=False)
+    sizes, played, start = list(batch_sizes(lab.spec.batch_size)), 0, time.perf_counter()
+    for number, size in enumerate(sizes):
+        rng, victim = lab.rng(f"updates {number}"), number % gateways
+        counts = [size if gateway == victim else int(rng.choice(sizes)) for gateway in range(gateways)]
+        worlds = worlds_around(lab, counts, victim, substitutes.record(number), rng, remove=False)
+        _compare(lab, movement, full, points[number % len(points)], worlds, victim, number)
+        played += 1
+        if time.perf_counter() - start > lab.effort.game_seconds:
+            break  # the clock decides, not what was seen
+    real = {gateway: lab.shards[gateway] for gateway in range(gateways)}
+    other = worlds_around(
+        lab, [shard.num_records for shard in real.values()], 0, substitutes.record(0), lab.rng("other shard"), False
+    )["both"]
+    worlds = {"base": World(shards=real, name="base"), "both": World(shards={**real, 0: other.shards[0]}, name="both")}
+    _compare(lab, movement, lab.trainer(lab.spec), lab.params, worlds, 0, len(sizes))
+    _compare_sums(lab, movement)
+    return findings_of(
+        lab,
+        movement,
+        "gateway",
+        "Sums of recorded updates with a hostile gateway's, without it, and with another one's in its place: the real worker "
+        "clips what local training hands it (far too long, infinite, NaN, one layer only). Claim: 1 C zero-out, 2 C replace.",
+        f"{movement.compared} pairs of neighbouring worlds with the same keys, at trained and perturbed parameters, {played} of "
+        f"{len(sizes)} batch sizes from 1 to {max(sizes)}, {gateways} gateways side by side; one record, all others, or the "
+        "whole real shard of one gateway exchanged. Claim: no other gateway's clipped update changes.",
+    )
+
+
+def _compare(
+    lab: Lab,
+    movement: Movement,
+    trainer: Trainer,
+    params: Float32Array,
+    worlds: dict[str, World],
+    victim: int,
+    number: int,
+) -> None:
+    keys, gateways = lab.keys("updates", number), range(len(worlds["base"].shards))
+    seen = {
+        name: clipped(trainer.train(keys, params, gateways, world.shards), lab.clip_norm) / lab.clip_norm
+        for name, world in worlds.items()
+    }
+    size = worlds["base"].shards[victim].num_records
+    for name, rows in seen.items():
+        for gateway in gateways:
+            if gateway != victim and name != "base":
+                where = f"{size} records, {name} exchanged: update of gateway {gateway}"
+                movement.note_elsewhere(distance(rows[gateway], seen["base"][gateway]), TOLERANCE, where)
+        movement.compared += name != "base"
+
+
+def _compare_sums(lab: Lab, movement: Movement) -> None:
+    federation = Federation(lab)
+    rest = federation.rest().total
+    before = rest
+    for name, update in _hostile_updates(lab):
+        try:
+            total = federation.with_canaries(update[None]).total
+        except RunFailedError:
+            continue  # the orchestrator refuses it, so nothing is released
+        movement.note_own(distance(total, rest) / lab.clip_norm, 1.0, f"{name}, zero-out")
+        movement.note_own(distance(total, before) / lab.clip_norm, 2.0, f"{name}, replaced")
+        before = total
+
+
+def _hostile_updates(lab: Lab) -> Iterator[tuple[str, Float32Array]]:
+    """Yield vectors `[P]` that a gateway may try."""
+    direction = lab.rng("hostile").standard_normal(lab.num_params).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    yield "far too long", 1e3 * lab.clip_norm * direction
+    yield "the opposite", -1e3 * lab.clip_norm * direction
+    yield "as long as float32 can tell", np.full(lab.num_params, 1e30, np.float32)
+    yield "infinite", np.full(lab.num_params, np.inf, np.float32)
+    yield "NaN", np.full(lab.num_params, np.nan, np.float32)
+    for name, _, where in lab.plan.layout.slices():
+        update = direction.copy()
+        update[where] *= 1e3
+        yield f"mostly {name}", 10 * lab.clip_norm * update
