@@ -14,6 +14,7 @@ from fedray.audit.lab import Lab
 from fedray.data.shards import Shard
 
 _POOL = 8  # records of a kind that stand by
+_ENORMOUS = 1e30  # finite, as records must be; what it is multiplied with may not be
 
 
 def chosen(shard: Shard, index: npt.NDArray[np.int64]) -> Shard:
@@ -44,35 +45,44 @@ def repeated(records: Shard, number: int) -> Shard:
     return chosen(records, np.arange(number) % records.num_records)
 
 
-def broken(record: Shard) -> Shard:
-    """Return a record of NaN, as overflows in a user's transform make it; tokens stay what they are."""
-    return Shard(x=record.x * torch.nan, y=record.y) if record.x.is_floating_point() else record
+@dataclass(frozen=True, kw_only=True)
+class Substitute:
+    """A record to put in the place of another one.
+
+    Args:
+        record: One record.
+        overflows: Whether its values are so large that gradients may be infinite or NaN; the user's code may refuse it.
+    """
+
+    record: Shard
+    overflows: bool = False
 
 
 class Substitutes:
-    """Records to put in the place of others: real ones, mislabelled ones, and ones far outside of the data.
+    """Records to put in the place of others: real ones, mislabelled ones, ones far outside of the data, and enormous ones.
 
     Args:
         lab: The run under attack.
-        with_broken: Also hand out records of NaN.
     """
 
-    def __init__(self, lab: Lab, with_broken: bool = True) -> None:
+    def __init__(self, lab: Lab) -> None:
         shard, rng, labels = lab.shards[0], lab.rng("substitutes"), lab.plan.class_labels
         number = min(_POOL, shard.num_records)
+        far = out_of_distribution(lab.model, shard, number, rng, labels)
         self._kinds = [
             chosen(shard, rng.integers(shard.num_records, size=number)),
             mislabelled(lab.model, shard, number, rng, labels),
-            out_of_distribution(lab.model, shard, number, rng, labels),
+            far,
         ]
-        if with_broken and shard.x.is_floating_point():
-            self._kinds.append(broken(self._kinds[0]))
+        if shard.x.is_floating_point():
+            self._kinds.append(Shard(x=torch.sign(far.x) * _ENORMOUS, y=far.y))
 
-    def record(self, number: int) -> Shard:
+    def record(self, number: int) -> Substitute:
         """Return substitute `number`: the kinds take turns."""
-        kind = self._kinds[number % len(self._kinds)]
+        turn = number % len(self._kinds)
+        kind = self._kinds[turn]
         place = (number // len(self._kinds)) % kind.num_records
-        return chosen(kind, np.array([place]))
+        return Substitute(record=chosen(kind, np.array([place])), overflows=turn == 3)
 
 
 @dataclass(frozen=True, kw_only=True)
