@@ -121,21 +121,21 @@ class Audit:
 def attacks(lab: Lab) -> Iterator[Finding]:
     """Play the attacks of the run's level, the quick ones first, and yield what each found."""
     if level_of(lab.spec).central_noise:
-        yield from updates.attack_updates(lab)
         yield from sampler.attack_participation(lab)
         kept, tensors = coordinates(lab)
         sums = central.aggregate_noise(lab, kept)
         yield reuse.attack_reuse(lab, {"sums": sums}, "gateway")
         yield from scale.attack_scale(lab, np.stack(list(sums.values())), tensors, "gateway", "zero-out")
+        yield from updates.attack_updates(lab)
         yield from central.attack_aggregation(lab)
         return
     unit: Unit = "record" if lab.by_record else "gateway"
-    yield from isolation.attack_isolation(lab)
     releases = collect(lab)
     yield from sampler.attack_sampler(lab, releases)
     yield reuse.attack_reuse(lab, {"inside the trainer": releases.observed, "off updates": releases.read_off}, unit)
     noise = np.stack(list(releases.read_off.values()))
     yield from scale.attack_scale(lab, noise, releases.tensors, unit, lab.adjacency if lab.by_record else "zero-out")
+    yield from isolation.attack_isolation(lab)
     yield from records.attack_records(lab)
     if lab.by_record:
         yield from membership.attack_one_run(lab)

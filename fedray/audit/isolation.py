@@ -126,8 +126,8 @@ def attack_isolation(lab: Lab) -> list[Finding]:
             if not substitute.overflows:  # the user's code may refuse what no sensor measures
                 raise
         played += 1
-        if time.perf_counter() - start > lab.effort.game_seconds:
-            break  # the clock decides, not what was seen
+        if movement.beyond_claims or time.perf_counter() - start > lab.effort.game_seconds:
+            break  # one world is enough; and nothing here is left to chance, so that looking early is no cheat
     beside = _compare_real_rounds(lab, movement, substitutes)
     return _findings(lab, movement, f"{played} of {len(sizes)} batch sizes from 1 to {max(sizes)}", gateways, beside)
 

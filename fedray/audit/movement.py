@@ -45,6 +45,11 @@ class Movement:
     compared: int = 0
     leftover: float = 0.0
 
+    @property
+    def beyond_claims(self) -> bool:
+        """Whether something moved that must not, or too far."""
+        return self.own > 1 + TOLERANCE or self.leftover > 1
+
     def note_own(self, length: float, allowed: float, where: str, records: int = 0) -> None:
         """Count a movement of a gateway's own sum of so many records, but for what rounding may add to it."""
         share = min((length - _TOLERANCE_A_RECORD * records) / allowed, LARGEST_MU)

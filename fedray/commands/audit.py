@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Attacks the very code that a run with these flags would use, in this process: its trainer, sampler, clipping,
 noise and aggregation, with your own model and data if you name them. Prints what each attack proved and the smallest leak it
-would have caught, and writes audit.json. Besides its own flags it takes every flag of a run (python -m fedray --help); --out
+would have caught as it was played (powerless: none, so it does not count), and writes audit.json. Besides its own flags it
+takes every flag of a run (python -m fedray --help); --out
 names the directory of audit.json (default: runs/<UTC time>-audit).
 Exit codes: 0 consistent with the claims, 2 bad input, 3 VIOLATED."""
 
