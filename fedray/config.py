@@ -66,7 +66,7 @@ class RunConfig:
     """Address of a Ray cluster (default: RAY_ADDRESS if set, else a local Ray of this machine)."""
     gateways_per_actor: Literal["auto"] | int = "auto"
     """Gateways that one actor hosts; auto gives each gateway its own actor while there is a slot for it."""
-    engine: Literal["auto", "stacked", "opacus"] = "auto"
+    engine: Literal["auto", "stacked", "sequence", "alone", "opacus"] = "auto"
     """Trainer: stacked (all gateways of an actor in one step), opacus (reference, one by one); auto: stacked if proven."""
     memory_limit: int | None = None
     """Memory that one actor's training may take, in MiB (default: its share of half the machine's or GPU's memory)."""
@@ -285,7 +285,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adam", "sgd"),
     "weights": ("uniform", "records"),
     "pool": ("ray", "inline"),
-    "engine": ("auto", "stacked", "opacus"),
+    "engine": ("auto", "stacked", "sequence", "alone", "opacus"),
     "on_failure": ("fail", "drop"),
     "track": ("none", "tensorboard"),
     "device": ("auto", "cpu", "cuda"),

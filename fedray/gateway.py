@@ -16,7 +16,8 @@ class Gateway:
     Args:
         name: Shown in errors and reports.
         data: The shard, an `(x, y)` pair of numpy arrays or torch tensors of equal length, or a function of no arguments
-            that returns it (then it is called only where the gateway trains).
+            that returns it (then it is called only where the gateway trains). x may be several inputs: a tuple of arrays
+            (the model's arguments) or a dict of them (its named arguments).
     """
 
     name: str

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from fedray.data.inputs import Inputs, leaves, rebuilt, taken
+from fedray.data.inputs import joined as joined_inputs
 from fedray.errors import InputError
 from fedray.params import Layout
 from fedray.user_code import call, find_function, is_reference
 
 MAX_CLASSES = 100_000  # a larger label is a mistake (an id, a pixel value), not a class
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def call_model(model: nn.Module, x: Inputs, state: dict[str, torch.Tensor] | None = None) -> Any:
+    """Run a model on x: a tensor, a tuple of arguments or a dict of named ones; an output with `.logits` gives these.
+
+    Args:
+        model: Called as `model(x)`, `model(*x)` or `model(**x)`.
+        x: See above.
+        state: Parameters and buffers by name, in place of the model's own; None for its own.
+    """
+    arguments = (x,) if isinstance(x, torch.Tensor) else () if isinstance(x, dict) else x
+    named = x if isinstance(x, dict) else {}
+    output = model(*arguments, **named) if state is None else functional_call(model, state, arguments, named)
+    if not isinstance(output, torch.Tensor) and isinstance(getattr(output, "logits", None), torch.Tensor):
+        return output.logits
+    return output
 
 
 def mlp(record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -52,19 +70,29 @@ def cnn(record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     )
 
 
-def build(name: str, record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def build(name: str, record_shape: tuple[int, ...] | None, num_classes: int) -> nn.Module:
     """Build --model (under the caller's seeded generators).
 
+    Args:
+        name: mlp, cnn or module:function.
+        record_shape: Of one record of x; None when x is several inputs.
+        num_classes: 1 + the largest label.
+
     Raises:
-        InputError: Unknown name, or the user's function fails or returns no module; or a label is no class index.
+        InputError: Unknown name, or the user's function fails or returns no module; or a label is no class index, or the
+            model takes one input and x is several.
     """
     if name in ("mlp", "cnn") and num_classes > MAX_CLASSES:
         raise InputError(
             f"--model {name}: label {num_classes - 1} is out of range; labels must be class indices below {MAX_CLASSES}."
         )
-    if name == "mlp":
+    if name in ("mlp", "cnn") and record_shape is None:
+        raise InputError(
+            f"--model is {name} but x is several inputs; it takes one array: give that, or a model of your own."
+        )
+    if name == "mlp" and record_shape is not None:
         return mlp(record_shape, num_classes)
-    if name == "cnn":
+    if name == "cnn" and record_shape is not None:
         return cnn(record_shape, num_classes)
     if not is_reference(name):
         raise InputError(f"--model is {name!r}; it must be mlp, cnn or module:function.")
@@ -119,13 +147,16 @@ def _group_norm(num_features: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, num_features)
 
 
-def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:
-    """Check that a model can train privately and fits the data.
+def check(model: nn.Module, x: Inputs, y: torch.Tensor, loss: Loss | None) -> int | None:
+    """Check that a model fits the data, and look for what cannot train privately.
+
+    Coupled records are looked for on three records at the initial parameters. That spares users the usual mistakes; it
+    proves nothing: the engine keeps records apart, whatever passes here.
 
     Args:
         model: Stays unchanged.
-        x: `[n, …]`, a few records (n ≥ 1).
-        y: `[n]`, their targets.
+        x: A few records (n ≥ 1), each tensor `[n, …]`; see `call_model`.
+        y: `[n]` or, with a loss, `[n, …]`: their targets.
         loss: The user's loss; None for cross-entropy.
 
     Returns:
@@ -138,29 +169,47 @@ def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss | None)
     model = _copy(model).train()
     _refuse_coupling_types(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    x = x[:3] if len(x) >= 3 else torch.cat([x, x, x])[:3]
+    x = _three_records(x)
     y = y[:3] if len(y) >= 3 else torch.cat([y, y, y])[:3]
-    if x.is_floating_point() and (torch.equal(x[0], x[1]) or torch.equal(x[0], x[2])):
-        x = x + 0.1 * torch.randn(x.shape)  # equal records would hide a coupling through their mean
     try:
         together, outputs = _leaf_outputs(model, x)
         again, _ = _leaf_outputs(model, x)
         if any(not torch.equal(one, other) for (_, one), (_, other) in zip(together, again, strict=False)):
             model.eval()  # it draws (functional dropout): without its draws, what is left is coupling
             together, _ = _leaf_outputs(model, x)
-        alone = [_leaf_outputs(model, x[record : record + 1])[0] for record in range(3)]
+        alone = [_leaf_outputs(model, taken(x, slice(record, record + 1)))[0] for record in range(3)]
     except Exception as error:  # the user's forward may raise anything
-        remedy = (
-            "" if x.is_floating_point() else " (x holds whole numbers: unless the model embeds tokens, make it float32)"
-        )
         raise InputError(
-            f"--model: the forward pass on records of shape {tuple(x.shape[1:])} raised {type(error).__name__}: {error}; "
-            f"the model must accept a batch of the data's records{remedy}."
+            f"--model: the forward pass on records of shape {_shape_of(x)} raised {type(error).__name__}: {error}; "
+            f"the model must accept a batch of the data's records{_how_called(x)}."
         ) from error
     _refuse_changed_buffers(model, before)
     for record, single in enumerate(alone):
         _refuse_coupled_outputs(together, single, record)
     return _check_outputs(outputs, y, loss)
+
+
+def _three_records(x: Inputs) -> Inputs:
+    """Return three records that are not all equal where one holds a float: equal ones would hide a coupling by a mean."""
+    x = taken(joined_inputs([x, x, x]), slice(3)) if len(leaves(x)[0]) < 3 else taken(x, slice(3))
+    if not any(all(torch.equal(leaf[0], leaf[other]) for leaf in leaves(x)) for other in (1, 2)):
+        return x
+    moved = [leaf + 0.1 * torch.randn(leaf.shape) if leaf.is_floating_point() else leaf for leaf in leaves(x)]
+    return rebuilt(x, moved)  # type: ignore[no-any-return]  # in the structure of x
+
+
+def _shape_of(x: Inputs) -> str:
+    shapes = rebuilt(x, [tuple(leaf.shape[1:]) for leaf in leaves(x)])
+    return str(shapes)
+
+
+def _how_called(x: Inputs) -> str:
+    """Return the remedy that a failed forward pass calls for, in brackets."""
+    if isinstance(x, dict):
+        return f" (x is a dict, so it is called with the arguments {', '.join(x)})"
+    if isinstance(x, tuple):
+        return f" (x is a tuple, so it is called with {len(x)} argument{'s' * (len(x) > 1)})"
+    return "" if x.is_floating_point() else " (x holds whole numbers: unless the model embeds tokens, make it float32)"
 
 
 def _refuse_changed_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -169,53 +218,6 @@ def _refuse_changed_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -
             raise InputError(
                 f"--model: buffer {name} changes during a forward pass; buffers do not travel and are not private: "
                 "remove it, or try --fix-model."
-            )
-
-
-def check_record_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Loss) -> None:
-    """Check that Opacus finds the gradient of every record: over a batch they must add up to the batch's gradient.
-
-    Args:
-        model: Stays unchanged; has passed `check`.
-        x: `[n, …]`, a few records.
-        y: `[n]`, their targets.
-        loss: One value a record.
-
-    Raises:
-        InputError: A layer's gradients per record cannot be found, or are wrong.
-    """
-    from opacus import GradSampleModule  # slow import: only models of the user's own need it here
-
-    whole = _copy(model).train()
-    seed = torch.initial_seed()  # of the caller's fork; both passes must draw alike
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on hooks and vmap, for developers of layers
-        try:
-            records = GradSampleModule(_copy(model).train(), loss_reduction="sum")
-            torch.manual_seed(seed)
-            loss(records(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
-        except Exception as error:  # opacus, or the user's code under its hooks, may raise anything
-            raise InputError(
-                f"--model: Opacus cannot take its gradient record by record ({type(error).__name__}: {error}); use other "
-                "layers, --fix-model, or --noise-level gateway."
-            ) from error
-        torch.manual_seed(seed)
-        loss(whole(x), y).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
-    for (name, parameter), single in zip(whole.named_parameters(), records._module.parameters(), strict=True):
-        if parameter.grad is None:
-            continue
-        found = getattr(single, "grad_sample", None)
-        if isinstance(found, torch.Tensor) and len(found) != len(x):
-            raise InputError(
-                f"--model: the gradients of parameter {name} are not one a record, as its layer's first dimension is not the "
-                "batch; keep the batch first, or use --noise-level gateway."
-            )
-        total = found.sum(dim=0) if isinstance(found, torch.Tensor) else torch.zeros_like(parameter)
-        scale = float(parameter.grad.abs().max())
-        if not torch.allclose(total, parameter.grad, rtol=1e-2, atol=1e-3 * scale + 1e-7, equal_nan=True):
-            raise InputError(
-                f"--model: the gradients per record of parameter {name} do not add up to its gradient (is it used outside "
-                "its own layer's forward?); call the layer itself, try --fix-model, or use --noise-level gateway."
             )
 
 
@@ -238,7 +240,7 @@ def _refuse_coupling_types(model: nn.Module) -> None:
             )
 
 
-def _leaf_outputs(model: nn.Module, x: torch.Tensor) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:
+def _leaf_outputs(model: nn.Module, x: Inputs) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:
     seen: list[tuple[str, torch.Tensor]] = []
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -258,12 +260,12 @@ def _leaf_outputs(model: nn.Module, x: torch.Tensor) -> tuple[list[tuple[str, to
     ]
     try:
         with torch.no_grad():
-            output = model(x)
+            output = call_model(model, x)
     finally:
         for handle in handles:
             handle.remove()
     if not isinstance(output, torch.Tensor):
-        raise TypeError(f"it returned {type(output).__name__}, not a tensor")
+        raise TypeError(f"it returned {type(output).__name__}, not a tensor or an object whose .logits is one")
     seen.append((type(model).__name__, output.detach()))
     return seen, output
 

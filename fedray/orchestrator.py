@@ -64,7 +64,8 @@ class Orchestrator:
 
     Args:
         gateways: `Gateway` objects or `(x, y)` pairs, one a gateway; None for --dataset.
-        model: Function of no arguments that returns a torch module; None for --model.
+        model: Function of no arguments that returns a torch module, called on x, on the entries of x where it is a tuple,
+            or on its named entries where it is a dict; None for --model. An output with `.logits` counts as these.
         test: Public held-out `(x, y)`; without it accuracy and loss are None.
         loss: Maps (output, target) to one value a record (default: cross-entropy with class indices).
         config: The settings; `gateways` follows the list. With `resume` the run directory's own settings hold.

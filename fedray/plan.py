@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +14,21 @@ import torch
 
 from fedray import models
 from fedray.config import RunConfig
-from fedray.data import source
-from fedray.data.shards import RecordRules, as_arrays
+from fedray.data import inputs, source
+from fedray.data.shards import RecordRules, Shard, as_arrays
 from fedray.data.source import Federation
 from fedray.data.toy import ToyShards
 from fedray.errors import InputError
 from fedray.params import Layout
 from fedray.pool.pool import Patience, Pool
-from fedray.pool.worker import Engine, WorkerSetup, shard_mac
+from fedray.pool.worker import WorkerSetup, shard_mac
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.training.engines import Engine, Isolation, isolation_of, traced
+from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
 from fedray.user_code import code_digest
@@ -51,7 +53,7 @@ class Plan:
         training: How gateways train.
         class_labels: Whether targets are class indices.
         setup: What each actor gets.
-        engine_reason: Why --engine auto took the reference trainer; None when it did not.
+        isolation: How records are kept apart.
     """
 
     config: RunConfig
@@ -64,17 +66,17 @@ class Plan:
     training: LocalTraining
     class_labels: bool
     setup: WorkerSetup
-    engine_reason: str | None
+    isolation: Isolation
 
     @property
     def charges(self) -> Charges:
         """What the whole planned run will be charged."""
         return Charges(steps=self.config.rounds * self.config.local_steps, rounds=self.config.rounds)
 
-    def test_tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def test_tensors(self) -> tuple[inputs.Inputs, torch.Tensor] | None:
         """Return the held-out data as tensors."""
         test = self.federation.test
-        return None if test is None else (torch.from_numpy(test[0].copy()), torch.from_numpy(test[1].copy()))
+        return None if test is None else (inputs.tensors(test[0]), torch.from_numpy(test[1].copy()))
 
     def constants(self) -> dict[str, Any]:
         """Return the public constants that decide what a round computes, for the digest of its inputs."""
@@ -85,6 +87,7 @@ class Plan:
             "layout": self.layout.digest,
             "engine": self.setup.engine,
             "code": self._code,
+            "program": None if self.setup.program is None else self.setup.program.digest,
         }
 
     @functools.cached_property
@@ -152,7 +155,9 @@ class Plan:
         name, code = getattr(loss, "__name__", type(loss).__name__), getattr(loss, "__code__", None)
         found["loss"] = " ".join((name, *(() if code is None else code.co_names)))
         if self.federation.test is not None:
-            found["test data"] = _digest(torch.from_numpy(part) for part in self.federation.test)
+            x, y = self.federation.test
+            parts = [torch.from_numpy(part) for part in (*inputs.leaves(x), y)]
+            found["test data"] = _digest(parts, () if isinstance(x, np.ndarray) else inputs.leaf_names(x))
         if self.config.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):
             macs = lazy_shards
             if not self.federation.lazy:
@@ -161,8 +166,8 @@ class Plan:
         return found
 
 
-def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest(tensors: Iterable[torch.Tensor], names: Sequence[str] = ()) -> str:
+    found = hashlib.sha256("".join(names).encode())
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous()
         found.update(f"{values.dtype}{tuple(values.shape)}".encode())
@@ -235,15 +240,14 @@ def prepare(
     training = LocalTraining(
         privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
     )
-    engine, reason = _engine(config, model, federation)
-    if engine == "opacus" and config.noise_level == "sample":
-        _check_record_gradients(model, rules, federation, training.loss, key)
+    engine, program = _engine(config, model, training, federation)
     setup = WorkerSetup(
         model=model,
         training=training,
         shards=federation.shards,
         rules=rules,
         engine=engine,
+        program=program,
         memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
         max_update_norm=config.max_update_norm,
         drop_failures=config.on_failure == "drop",
@@ -260,15 +264,15 @@ def prepare(
         training=training,
         class_labels=parts.loss is None,
         setup=setup,
-        engine_reason=reason,
+        isolation="alone" if engine == "alone" else "sequence",
     )
 
 
 def _model(
     config: RunConfig, parts: UserParts, federation: Federation, key: bytes
 ) -> tuple[torch.nn.Module, RecordRules]:
-    x, y = (torch.from_numpy(part[:3].copy()) for part in federation.example)
-    record_shape = tuple(x.shape[1:])
+    sample = _few(federation)
+    record_shape = tuple(sample.x.shape[1:]) if isinstance(sample.x, torch.Tensor) else None
     with forked_global_rng(torch_seed(key, "model")):
         if parts.model is not None:
             model = models.from_function(parts.model, getattr(parts.model, "__name__", "model"))
@@ -276,8 +280,8 @@ def _model(
             model = models.build(config.model, record_shape, federation.num_classes)
         if config.fix_model:
             model = models.fix(model)
-        num_outputs = models.check(model, x, y, parts.loss)
-    rules = RecordRules(record_shape=record_shape, integer=not x.is_floating_point(), num_classes=num_outputs)
+        num_outputs = models.check(model, sample.x, sample.y, parts.loss)
+    rules = RecordRules.of(federation.example[0], num_outputs)
     if not federation.lazy and (parts.shards is not None or config.dataset != "toy"):
         for index in range(len(federation.shards)):
             rules.check(*_pair(federation, index), f"shard {index}")
@@ -286,31 +290,37 @@ def _model(
     return model, rules
 
 
-def _engine(config: RunConfig, model: torch.nn.Module, federation: Federation) -> tuple[Engine, str | None]:
-    """Return the trainer of --engine, and why auto did not take the fast one."""
-    if config.engine == "opacus":
-        return "opacus", None
-    reason = reason_against(model, torch.from_numpy(federation.example[0][:3].copy()))
-    if reason is None:
-        return "stacked", None
-    if config.engine == "stacked":
-        raise InputError(f"--engine is stacked but {reason}; use --engine opacus or auto.")
-    return "opacus", reason
+def _engine(
+    config: RunConfig, model: torch.nn.Module, training: LocalTraining, federation: Federation
+) -> tuple[Engine, Program | None]:
+    """Return the trainer of --engine, and the program that it runs unless the model is a sequence of proven layers.
+
+    Raises:
+        InputError: The engine cannot keep the records of this model apart.
+    """
+    asked: Engine = "stacked" if config.engine == "auto" else config.engine
+    reason = reason_against(model)
+    if asked in ("opacus", "sequence") and reason is not None:
+        raise InputError(
+            f"--engine is {asked} but {reason}, so nothing proves that it keeps records apart; use --engine auto."
+        )
+    isolation = isolation_of(asked, model)
+    try:
+        program = traced(isolation, model, training.loss, _few(federation))
+    except Untraceable as untraceable:
+        raise InputError(f"--model: {untraceable}.") from untraceable
+    return ("opacus" if asked == "opacus" else isolation), program
 
 
-def _check_record_gradients(
-    model: torch.nn.Module, rules: RecordRules, federation: Federation, loss: models.Loss, key: bytes
-) -> None:
-    """Raise InputError when Opacus' per-record gradients do not add up to the model's gradient."""
-    x, y = (part[:3] for part in federation.example)
-    rules.check(x, y, "shard 0")
-    with forked_global_rng(torch_seed(key, "gradients")):
-        models.check_record_gradients(model, torch.from_numpy(x.copy()), torch.from_numpy(y.copy()), loss)
+def _few(federation: Federation) -> Shard:
+    """Return up to three records to try the model on."""
+    x, y = federation.example
+    return Shard(x=inputs.tensors(inputs.taken(x, slice(3))), y=torch.from_numpy(y[:3].copy()))
 
 
 def _pair(federation: Federation, index: int) -> tuple[Any, Any]:
     x, y = federation.shards[index]
-    return np.asarray(x), np.asarray(y)
+    return inputs.rebuilt(x, [np.asarray(leaf) for leaf in inputs.leaves(x)]), np.asarray(y)
 
 
 def _calibrated(spec: PrivacySpec, config: RunConfig, noise_multiplier: float | None) -> PrivacySpec:

@@ -18,17 +18,19 @@ from fedray.privacy.spec import PrivacySpec
 
 _WEAK_EPSILON = 20.0
 _PACKAGES = ("fedray", "torch", "numpy", "opacus", "dp-accounting", "ray", "cryptography", "safetensors")
+_MODEL_PACKAGES = ("transformers", "peft")  # that models may be built from; named where they are installed
 
 
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *_MODEL_PACKAGES):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            if package in _PACKAGES:
+                found[package] = "not installed"
     return found
 
 

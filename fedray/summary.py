@@ -15,13 +15,12 @@ from fedray.privacy.accounting import Guarantee
 def panel_rows(plan: Plan, info: PoolInfo, planned: Sequence[Guarantee]) -> list[tuple[str, str]]:
     """Return what runs where, and at which privacy."""
     config = plan.config
-    engine = plan.setup.engine + (f" ({plan.engine_reason})" if plan.engine_reason else "")
     joining = "" if config.participation == 1 else f" (each takes part with probability {config.participation:g})"
     return [
         ("where", info.summary),
         ("what", f"{config.gateways} gateways{joining}, {config.rounds} rounds × {config.local_steps} local steps, "
          f"B = {config.batch_size} (q = {plan.spec.sample_rate:.4g}), {config.optimizer}, lr {config.lr:g}"),
-        ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters, engine {engine}"),
+        ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters, engine {plan.setup.engine}"),
         *privacy_rows(plan, planned),
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedray.errors import InputError
 
-_LIBRARIES = frozenset({"fedray", "numpy", "opacus", "ray", "torch", *sys.stdlib_module_names})
+_LIBRARIES = frozenset({"fedray", "numpy", "opacus", "peft", "ray", "torch", "transformers", *sys.stdlib_module_names})
 _LONGEST = 10_000
 _PLAIN = (bool, int, float, str, list, tuple, types.FunctionType, types.MethodType, functools.partial)
 

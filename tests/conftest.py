@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINES = ["opacus", "stacked"]
+ENGINES = ["opacus", "stacked", "alone"]
 """Every trainer that must obey the law; add a new engine here and all proofs and mutants run on it."""
 
 # Before anything imports numpy or torch: one thread, as in an actor; several fight over the cores of a busy machine.
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
-    """Name of a trainer, for `fedray.pool.worker.new_trainer`."""
+    """Name of a trainer, for `fedray.training.engines.new_trainer`."""
     name: str = request.param
     return name
 

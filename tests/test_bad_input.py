@@ -36,6 +36,7 @@ def data(body: str, argv: str = "", *words: str) -> Case:
     """Return a case whose --dataset has this body; x and y are good arrays of 64 records and 4 classes."""
     good = "x = np.zeros((64, 5), np.float32); y = np.arange(64) % 4"
     code = f"import numpy as np, torch\ndef data(gateways):\n    {good}\n" + _indent(body)
+    code += "def model():\n    return torch.nn.Linear(5, 4)\n"
     return Case(f"--dataset mine:data --gateways 4 --batch-size 8 {argv}", words, code)
 
 
@@ -180,6 +181,36 @@ DATA = {
     "data_test_of_other_shape": data("return (x, y), (x[:, :3], y)", "", "shape (5,)", "(3,)", "agree"),
     "data_test_of_other_kind": data("return (x, y), (x.astype(int), y)", "--model mlp", "x", "float32"),
     "data_whole_numbers": data(f"x = x.astype(int); {PAIR}", "", "forward pass", "make it float32"),
+    "data_several_lengths_differ": data(
+        "return ((x, x[:-1]), y), ((x, x), y)", "", "train: x[1] has 63 records and y has 64", "stack rows"
+    ),
+    "data_several_nan": data(
+        "z = x.copy(); z[4, 1] = np.nan; return ({'a': x, 'b': z}, y), ({'a': x, 'b': x}, y)",
+        "",
+        "train: x['b'] of record 4",
+    ),
+    "data_several_keys": data(
+        "return ({0: x}, y), ({0: x}, y)", "", "train: x has the key 0", "names of the model's arguments"
+    ),
+    "data_several_empty": data("return ({}, y), ({}, y)", "", "train: x is an empty mapping", "arrays"),
+    "data_several_test_of_one": data(
+        "return ({'a': x}, y), (x, y)",
+        "--model mine:model",
+        "shard 0: x is a dict of arrays 'a', elsewhere it is one array",
+    ),
+    "data_several_for_mlp": data(
+        "return ((x, x), y), ((x, x), y)", "", "--model is mlp but x is several inputs", "of your own"
+    ),
+    "data_several_for_linear": data(
+        "return ((x, x), y), ((x, x), y)",
+        "--model mine:model",
+        "shape ((5,), (5,))",
+        "x is a tuple",
+        "with 2 arguments",
+    ),
+    "data_several_names": data(
+        "return ({'a': x}, y), ({'a': x}, y)", "--model mine:model", "x is a dict", "with the arguments a"
+    ),
     "data_wrong_number_of_shards": data(f"{SHARDS}; return shards[:3], (x, y)", "", "3 shards for --gateways 4"),
     "data_pair_of_lists": data(
         "return (x.tolist(), y.tolist()), (x, y)", "", "2 shards for --gateways 4", "numpy arrays"

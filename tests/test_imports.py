@@ -43,7 +43,7 @@ LAYERS = (  # an import never points to an earlier line
     ("data.source",),
     ("data.shards", "data.digits", "data.toy", "data.partition"),
     ("models", "gateway"),
-    ("user_code",),
+    ("user_code", "data.inputs"),
     ("params", "config", "streams", "manifest", "pictures"),
     ("errors", "constants"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -227,3 +228,93 @@ def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:
 class Mean(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(dim=1)
+
+
+class Pair(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self, coupled: bool = False) -> None:
+        super().__init__()
+        self.layer, self.coupled = nn.Linear(6, 3), coupled
+
+    def forward(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        values = values * mask.unsqueeze(1)
+        return self.layer(values - values.mean(dim=0) if self.coupled else values)  # type: ignore[no-any-return]
+
+
+MASK = torch.tensor([True, False, True, True, False])
+
+
+class Scores:
+    """What model libraries return: an object with scores among other things."""
+
+    def __init__(self, logits: object) -> None:
+        self.logits = logits
+
+
+class Wrapped(Module):
+    def forward(self, x: torch.Tensor) -> Scores:
+        return Scores(self.layer(x))
+
+
+def test_call_model_hands_over_one_input_a_tuple_or_a_dict() -> None:
+    model = Pair()
+    expected = model(X, MASK)
+    assert torch.equal(models.call_model(model, (X, MASK)), expected)
+    assert torch.equal(models.call_model(model, {"mask": MASK, "values": X}), expected)
+    assert torch.equal(models.call_model(model.layer, X), model.layer(X))
+
+
+def test_call_model_takes_the_logits_of_an_output() -> None:
+    model = Wrapped()
+    assert torch.equal(models.call_model(model, X), model.layer(X))
+
+
+def test_check_accepts_an_output_with_logits() -> None:
+    assert models.check(Wrapped(), X, Y, None) == 3
+
+
+@pytest.mark.parametrize("logits", [None, [0.0]])
+def test_check_refuses_an_output_without_a_tensor(logits: object) -> None:
+    class Odd(Module):
+        def forward(self, x: torch.Tensor) -> Scores:
+            return Scores(logits)
+
+    with pytest.raises(InputError, match=r"it returned Scores, not a tensor or an object whose \.logits is one"):
+        models.check(Odd(), X, Y, None)
+
+
+@pytest.mark.parametrize("x", [(X, MASK), {"values": X, "mask": MASK}])
+def test_check_accepts_several_inputs(x: Any) -> None:
+    with forked_global_rng(1):
+        assert models.check(Pair(), x, Y, None) == 3
+
+
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("named", [False, True])
+def test_check_sees_a_coupling_through_several_inputs(named: bool, number: int) -> None:
+    values, mask = X[:number], MASK[:number]
+    x: Any = {"values": values, "mask": mask} if named else (values, mask)
+    with forked_global_rng(1), pytest.raises(InputError, match="depends on the other records"):
+        models.check(Pair(coupled=True), x, Y[:number], None)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (
+            (X, MASK, X),
+            r"shape \(\(6,\), \(\), \(6,\)\) raised TypeError.*x is a tuple, so it is called with 3 arguments",
+        ),
+        ({"values": X}, r"shape {'values': \(6,\)} raised TypeError.*x is a dict, .*with the arguments values\)"),
+    ],
+)
+def test_check_says_how_several_inputs_were_handed_over(x: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        models.check(Pair(), x, Y, None)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_build_refuses_several_inputs_for_models_of_one(name: str) -> None:
+    with pytest.raises(InputError, match=f"--model is {name} but x is several inputs; it takes one array"):
+        models.build(name, None, 3)

@@ -196,3 +196,17 @@ def test_code_digest_is_the_same_in_every_process() -> None:
     code = "from tests.test_user_code import *; print(code_digest([smoothed(0.1), Scaled(2.0), helped]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == code_digest([smoothed(0.1), Scaled(2.0), helped])
+
+
+def test_code_digest_takes_model_libraries_by_their_names() -> None:
+    """Their code, thousands of functions, counts by its version, which is noted where it is installed."""
+
+    def block(slope: float, module: str) -> Any:
+        def forward(self: Any, x: Any) -> Any:
+            return x * slope
+
+        return type("Block", (), {"forward": forward, "__module__": module})()
+
+    for library in ("transformers.models.bert", "peft.tuners.lora"):
+        assert code_digest([block(2.0, library)]) == code_digest([block(3.0, library)])
+    assert code_digest([block(2.0, "mine")]) != code_digest([block(3.0, "mine")])

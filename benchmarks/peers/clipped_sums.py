@@ -21,8 +21,8 @@ import workload
 from fedray_trainer import CPU, load_shards
 
 from fedray.params import Layout
-from fedray.pool.worker import Engine, new_trainer
 from fedray.streams import RoundKeys
+from fedray.training.engines import Engine, new_trainer
 from fedray.training.trainer import Release
 
 

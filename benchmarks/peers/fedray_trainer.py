@@ -20,11 +20,11 @@ from measurement import Measurement
 from fedray.aggregation import FedAvg, weighted_sum
 from fedray.data.shards import Shard
 from fedray.params import Layout
-from fedray.pool.worker import new_trainer
 from fedray.privacy import mechanism
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
 from fedray.streams import RoundKeys
+from fedray.training.engines import new_trainer
 
 CPU = torch.device("cpu")
 

@@ -80,7 +80,7 @@ def time_rounds(job: workload.Workload) -> Times:
     model = job.build_model()
     layout = Layout.of(model)
     params = layout.flatten(model)
-    rules = RecordRules(record_shape=RECORD_SHAPE, integer=False, num_classes=None)
+    rules = RecordRules.of(np.zeros((1, *RECORD_SHAPE), np.float32), None)
     training = fedray_job.local_training(job, job.batch_size)
     setup = EchoSetup(model=model, training=training, shards=[], rules=rules, engine="stacked")
     pool = RayPool(setup, job.processes, 1, "cpu", None, Patience(max_failures=0, round_timeout_s=60.0, drop=False))

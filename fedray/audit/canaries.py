@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 from scipy import fft
 
+from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.data.shards import Shard
-from fedray.models import Loss
+from fedray.models import Loss, call_model
 from fedray.params import Layout
 
 Float32Array = npt.NDArray[np.float32]
@@ -67,30 +68,39 @@ def mislabelled(
         rng: Chooses them.
         class_labels: Whether targets are class indices.
     """
-    x = shard.x[torch.from_numpy(rng.permutation(shard.num_records)[:number])]
+    x = shard.records(torch.from_numpy(rng.permutation(shard.num_records)[:number])).x
     return Shard(x=x, y=_unlikely(model, x, shard, rng, class_labels))
 
 
 def out_of_distribution(
     model: torch.nn.Module, shard: Shard, number: int, rng: np.random.Generator, class_labels: bool
 ) -> Shard:
-    """Return records of random signs, far outside of the data (tokens: drawn at random), with the unlikeliest label."""
-    shape = (number, *shard.x.shape[1:])
-    if shard.x.is_floating_point():
-        scale = _FAR * max(1e-3, float(shard.x.abs().max()))
-        x = torch.from_numpy(rng.choice(np.array([-scale, scale], np.float32), shape))
-    else:
-        x = torch.from_numpy(rng.choice(np.unique(shard.x.numpy()), shape))
+    """Return records of random signs, far outside of the data, with the unlikeliest label.
+
+    Tokens are drawn at random among those of the data; masks are those of real records, or a record could hide itself.
+    """
+    x = rebuilt(shard.x, [_far(leaf, number, rng) for leaf in leaves(shard.x)])
     return Shard(x=x, y=_unlikely(model, x, shard, rng, class_labels))
 
 
+def _far(leaf: torch.Tensor, number: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return values `[number, …]` that a tensor `[N, …]` of the data would not hold together."""
+    shape = (number, *leaf.shape[1:])
+    if leaf.dtype == torch.bool:
+        return leaf[torch.from_numpy(rng.integers(len(leaf), size=number))]
+    if leaf.is_floating_point():
+        scale = _FAR * max(1e-3, float(leaf.abs().max()))
+        return torch.from_numpy(rng.choice(np.array([-scale, scale], np.float32), shape))
+    return torch.from_numpy(rng.choice(np.unique(leaf.numpy()), shape))
+
+
 def _unlikely(
-    model: torch.nn.Module, x: torch.Tensor, shard: Shard, rng: np.random.Generator, class_labels: bool
+    model: torch.nn.Module, x: Inputs, shard: Shard, rng: np.random.Generator, class_labels: bool
 ) -> torch.Tensor:
     if class_labels:
         with torch.no_grad():
-            return copy.deepcopy(model).eval()(x).argmin(dim=1)  # type: ignore[no-any-return]  # a module's call is untyped
-    return shard.y[torch.from_numpy(rng.integers(shard.num_records, size=len(x)))]
+            return call_model(copy.deepcopy(model).eval(), x).argmin(dim=1)  # type: ignore[no-any-return]  # a module's call is untyped
+    return shard.y[torch.from_numpy(rng.integers(shard.num_records, size=len(leaves(x)[0])))]
 
 
 def record_gradients(model: torch.nn.Module, loss: Loss, shard: Shard) -> Float32Array:
@@ -102,7 +112,8 @@ def record_gradients(model: torch.nn.Module, loss: Loss, shard: Shard) -> Float3
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     out = np.zeros((shard.num_records, Layout.of(model).num_params), np.float32)
     for index, row in enumerate(out):
-        value = loss(model(shard.x[index : index + 1]), shard.y[index : index + 1]).sum()
+        record = shard.records(slice(index, index + 1))
+        value = loss(call_model(model, record.x), record.y).sum()
         found = torch.autograd.grad(value, params, allow_unused=True)
         row[:] = torch.cat(
             [torch.zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, params, strict=True)]

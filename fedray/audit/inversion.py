@@ -14,9 +14,9 @@ from fedray import models, pictures
 from fedray.audit.lab import SameShard
 from fedray.data import digits
 from fedray.data.shards import Shard
-from fedray.pool.worker import new_trainer
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import RoundKeys, forked_global_rng
+from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 
 TITLE = "Records read off an update (first Linear layer, digits), without noise and with it"

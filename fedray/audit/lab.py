@@ -23,6 +23,7 @@ from fedray.privacy.ledger import ranges_of
 from fedray.privacy.levels import Adjacency, level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import RoundKeys, derive_key, numpy_generator
+from fedray.training import engines
 from fedray.training.trainer import GatewayShards, LocalTraining, Trainer
 
 Float32Array = npt.NDArray[np.float32]
@@ -139,9 +140,9 @@ class Lab:
             spec: Public constants (the run's, or with other steps or rate).
             plain_steps: Learning rate of plain SGD in place of the run's optimizer: then the update shows what was released.
         """
-        return worker.new_trainer(
-            self.plan.setup.engine, self.plan.model, self.training(spec, plain_steps), self.device
-        )
+        setup = self.plan.setup
+        training = self.training(spec, plain_steps)
+        return engines.new_trainer(setup.engine, setup.model, training, self.device, program=setup.program)
 
     def training(self, spec: PrivacySpec, plain_steps: float | None = None) -> LocalTraining:
         """Return how gateways train, as `trainer` takes it."""

@@ -64,7 +64,7 @@ class _MemberShards:
         self._members = members
 
     def __getitem__(self, gateway: int, /) -> Shard:
-        return repeated(Shard(x=self._like.x[:1], y=self._like.y[:1]), max(1, len(self._members[gateway])))
+        return repeated(self._like.records(slice(1)), max(1, len(self._members[gateway])))
 
 
 def attack_one_run(lab: Lab) -> list[Finding]:

@@ -11,7 +11,8 @@ import torch
 
 from fedray.audit.canaries import mislabelled, out_of_distribution
 from fedray.audit.lab import Lab
-from fedray.data.shards import Shard
+from fedray.data.inputs import leaves, rebuilt
+from fedray.data.shards import Shard, joined
 
 _POOL = 8  # records of a kind that stand by
 _ENORMOUS = 1e30  # finite, as records must be; what it is multiplied with may not be
@@ -19,25 +20,20 @@ _ENORMOUS = 1e30  # finite, as records must be; what it is multiplied with may n
 
 def chosen(shard: Shard, index: npt.NDArray[np.int64]) -> Shard:
     """Return the records of a shard at these indices."""
-    rows = torch.from_numpy(index)
-    return Shard(x=shard.x[rows], y=shard.y[rows])
-
-
-def joined(shards: Sequence[Shard]) -> Shard:
-    """Return the records of all shards, one shard after the other."""
-    return Shard(x=torch.cat([shard.x for shard in shards]), y=torch.cat([shard.y for shard in shards]))
+    return shard.records(torch.from_numpy(index))
 
 
 def exchanged(shard: Shard, index: int, record: Shard) -> Shard:
     """Return the shard with one record exchanged."""
-    x, y = shard.x.clone(), shard.y.clone()
-    x[index], y[index] = record.x[0], record.y[0]
-    return Shard(x=x, y=y)
+    both = joined([shard, record])
+    order = np.arange(shard.num_records)
+    order[index] = shard.num_records
+    return chosen(both, order)
 
 
 def without_last(shard: Shard) -> Shard:
     """Return the shard without its last record."""
-    return Shard(x=shard.x[:-1], y=shard.y[:-1])
+    return shard.records(slice(-1))
 
 
 def repeated(records: Shard, number: int) -> Shard:
@@ -51,7 +47,7 @@ class Substitute:
 
     Args:
         record: One record.
-        overflows: Whether its values are so large that gradients may be infinite or NaN; the user's code may refuse it.
+        overflows: Whether its values are so large that gradients may be infinite or NaN.
     """
 
     record: Shard
@@ -74,8 +70,9 @@ class Substitutes:
             mislabelled(lab.model, shard, number, rng, labels),
             far,
         ]
-        if shard.x.is_floating_point():
-            self._kinds.append(Shard(x=torch.sign(far.x) * _ENORMOUS, y=far.y))
+        if any(leaf.is_floating_point() for leaf in leaves(shard.x)):
+            enormous = [torch.sign(leaf) * _ENORMOUS if leaf.is_floating_point() else leaf for leaf in leaves(far.x)]
+            self._kinds.append(Shard(x=rebuilt(far.x, enormous), y=far.y))
 
     def record(self, number: int) -> Substitute:
         """Return substitute `number`: the kinds take turns."""

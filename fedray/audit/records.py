@@ -16,8 +16,8 @@ from fedray.audit.bounds import Scores, count, game_bound, gaussian_bound
 from fedray.audit.canaries import Directions, clipped, mislabelled, out_of_distribution, record_gradients
 from fedray.audit.finding import Finding
 from fedray.audit.lab import LARGEST_PLAYABLE_MU, Lab, SameShard
-from fedray.audit.neighbours import chosen, joined
-from fedray.data.shards import Shard
+from fedray.audit.neighbours import chosen
+from fedray.data.shards import Shard, joined
 from fedray.privacy.levels import Adjacency, Unit
 from fedray.training.trainer import Trainer
 

@@ -11,7 +11,7 @@ import torch
 
 from fedray.audit.canaries import clipped, mislabelled, out_of_distribution, record_gradients
 from fedray.audit.lab import Lab, SameShard
-from fedray.data.shards import Shard
+from fedray.data.shards import Shard, joined
 from fedray.params import Layout
 from fedray.privacy import mechanism
 from fedray.privacy.clipping import clip_rows
@@ -96,8 +96,7 @@ def _num_gateways(lab: Lab) -> int:
 
 
 def _some(shard: Shard, number: int, rng: np.random.Generator) -> Shard:
-    index = torch.from_numpy(rng.integers(shard.num_records, size=number))
-    return Shard(x=shard.x[index], y=shard.y[index])
+    return shard.records(torch.from_numpy(rng.integers(shard.num_records, size=number)))
 
 
 class _Uploads:
@@ -135,10 +134,7 @@ def _step_scene(lab: Lab, trial: int) -> Scene:
     plain = [_some(lab.shards[int(gateway)], number, rng) for gateway in order]
     first = lab.shards[0]
     canary = out_of_distribution(model, first, number, rng, labels)
-    if by_record:
-        marked = [Shard(x=torch.cat([one.x, canary.x]), y=torch.cat([one.y, canary.y])) for one in plain]
-    else:
-        marked = [canary] * _ROWS
+    marked = [joined([one, canary]) for one in plain] if by_record else [canary] * _ROWS
     uploads = _Uploads(lab, trial, plain, marked)
     bases = uploads.released(plain, _QUIET)
     return Scene(
@@ -162,8 +158,7 @@ def _sum_scenes(lab: Lab, trials: int) -> list[Scene]:
     shard, rng = lab.shards[0], lab.rng("poisoned sums")
     number = min(shard.num_records, 4 * lab.spec.batch_size)
     records = mislabelled(lab.plan.model, shard, number, rng, lab.plan.class_labels)
-    index_of = torch.arange(shard.num_records) % number
-    poison = Shard(x=records.x[index_of], y=records.y[index_of])
+    poison = records.records(torch.arange(shard.num_records) % number)
     poisoned = _clipped_rows(trainer.train(lab.keys("poison"), lab.params, [0], SameShard(poison)), lab.clip_norm)[0]
     return [_sum_scene(lab, trial, updates, poisoned) for trial in range(trials)]
 

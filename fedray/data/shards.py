@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.data import inputs
+from fedray.data.inputs import Array, InputArrays, Inputs, leaf_names, leaves, rebuilt
 from fedray.errors import GatewayError, InputError
 from fedray.gateway import Gateway
-
-Array = npt.NDArray[Any]
 
 
 class Shards(Protocol):
@@ -31,11 +31,11 @@ class Shard:
     """A gateway's records, checked.
 
     Args:
-        x: `[N, …]` float32 or int64.
+        x: Each tensor `[N, …]` float32, int64 or, among several, bool.
         y: `[N]` or `[N, …]`; int64 class indices unless the user brought a loss.
     """
 
-    x: torch.Tensor
+    x: Inputs
     y: torch.Tensor
 
     @property
@@ -46,7 +46,29 @@ class Shard:
     @property
     def size_bytes(self) -> int:
         """Memory that the records take."""
-        return self.x.numel() * self.x.element_size() + self.y.numel() * self.y.element_size()
+        return sum(part.numel() * part.element_size() for part in (*leaves(self.x), self.y))
+
+    def records(self, index: slice | torch.Tensor) -> Shard:
+        """Return the records that a slice, indices `[n]` or a mask `[N]` name."""
+        return Shard(x=inputs.taken(self.x, index), y=self.y[index])
+
+
+def joined(shards: Sequence[Shard]) -> Shard:
+    """Return the records of several shards, one after the other."""
+    return Shard(x=inputs.joined([shard.x for shard in shards]), y=torch.cat([shard.y for shard in shards]))
+
+
+@dataclass(frozen=True)
+class LeafRule:
+    """What one tensor of a record looks like.
+
+    Args:
+        shape: Without the records' dimension.
+        kind: Name of its type: float32 (measurements), int64 (indices, tokens) or bool (masks).
+    """
+
+    shape: tuple[int, ...]
+    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,27 +76,37 @@ class RecordRules:
     """What every shard must look like.
 
     Args:
-        record_shape: Shape of one x.
-        integer: Whether x holds indices (tokens) rather than measurements.
+        record: A `LeafRule` for each tensor of x, in x's structure.
         num_classes: Labels are 0 … num_classes − 1; None when the user brought a loss of its own.
     """
 
-    record_shape: tuple[int, ...]
-    integer: bool
+    record: LeafRule | tuple[LeafRule, ...] | dict[str, LeafRule]
     num_classes: int | None
 
-    def check(self, x: Array, y: Array, where: str) -> None:
+    @classmethod
+    def of(cls, x: InputArrays, num_classes: int | None) -> RecordRules:
+        """Return the rules that records like these keep."""
+        rules = [LeafRule(shape=tuple(leaf.shape[1:]), kind=leaf.dtype.name) for leaf in leaves(x)]
+        return cls(record=rebuilt(x, rules), num_classes=num_classes)
+
+    def check(self, x: InputArrays, y: Array, where: str) -> None:
         """Raise InputError when a checked pair does not fit its siblings."""
-        if x.shape[1:] != self.record_shape:
+        if not inputs.same_structure(x, self.record):
             raise InputError(
-                f"{where}: x has records of shape {x.shape[1:]}, elsewhere it is {self.record_shape}; "
-                "all shards and the test data must agree."
+                f"{where}: x is {inputs.structure_name(x)}, elsewhere it is {inputs.structure_name(self.record)}; all "
+                "shards and the test data must agree."
             )
-        if np.issubdtype(x.dtype, np.integer) != self.integer:
-            raise InputError(
-                f"{where}: x is {x.dtype}, elsewhere it is {'int64' if self.integer else 'float32'}; all shards and the "
-                "test data must hold one kind of x."
-            )
+        for name, leaf, rule in zip(leaf_names(x), leaves(x), leaves(self.record), strict=True):
+            if leaf.shape[1:] != rule.shape:
+                raise InputError(
+                    f"{where}: {name} has records of shape {leaf.shape[1:]}, elsewhere it is {rule.shape}; "
+                    "all shards and the test data must agree."
+                )
+            if leaf.dtype.name != rule.kind:
+                raise InputError(
+                    f"{where}: {name} is {leaf.dtype}, elsewhere it is {rule.kind}; all shards and the "
+                    f"test data must hold one kind of {name}."
+                )
         if self.num_classes is not None and int(y.max()) >= self.num_classes:
             raise InputError(
                 f"{where}: label {int(y.max())} is out of range; the model has {self.num_classes} outputs, so labels "
@@ -82,11 +114,14 @@ class RecordRules:
             )
 
 
-def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[Array, Array]:
+def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[InputArrays, Array]:
     """Return `(x, y)` as contiguous numpy arrays (x float32 or int64; y int64 when labels are classes).
 
+    x is one array, or several: a tuple that holds arrays or tensors, or a mapping with text keys (its keys are sorted, so
+    that their order means nothing). Only among several may an array stay bool, as a mask. A list is rows of numbers.
+
     Args:
-        pair: A pair of arrays, tensors or sequences; or a `Gateway`.
+        pair: A pair of arrays, tensors or sequences, x maybe a tuple or mapping of such; or a `Gateway`.
         where: Names the pair in errors.
         class_labels: Whether y must be class indices.
 
@@ -96,17 +131,24 @@ def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[Array, 
     if isinstance(pair, Gateway):
         pair = pair.load()
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise InputError(f"{where} is {type(pair).__name__}; it must be a pair (x, y) of arrays.")
-    x, y = (_numeric(part, f"{where}: {name}") for part, name in zip(pair, "xy", strict=True))
-    if x.ndim == 0 or y.ndim == 0:
-        raise InputError(f"{where} holds single numbers; x and y must be arrays with one entry a record.")
-    if len(x) == 0:
-        raise InputError(f"{where} is empty; each gateway and the test data must hold at least one record.")
-    if len(x) != len(y):
-        raise InputError(f"{where}: x has {len(x)} records and y has {len(y)}; they must be equally many.")
-    if x.size == 0:
-        raise InputError(f"{where}: x has shape {x.shape}; a record must hold at least one value.")
-    x = _finite(_contiguous(x), f"{where}: x")
+        raise InputError(
+            f"{where} is {type(pair).__name__}; it must be a pair (x, y) of arrays; x may be a tuple or dict of arrays."
+        )
+    x, y = _parts(pair[0], f"{where}: x"), _numeric(pair[1], f"{where}: y")
+    names = leaf_names(x)
+    for name, leaf in zip(names, leaves(x), strict=True):
+        if leaf.ndim == 0 or y.ndim == 0:
+            raise InputError(f"{where} holds single numbers; x and y must be arrays with one entry a record.")
+        if len(leaf) == 0:
+            raise InputError(f"{where} is empty; each gateway and the test data must hold at least one record.")
+        if len(leaf) != len(y):
+            remedy = "" if name == "x" else " (several inputs are one array each: stack rows into one)"
+            raise InputError(
+                f"{where}: {name} has {len(leaf)} records and y has {len(y)}; they must be equally many{remedy}."
+            )
+        if leaf.size == 0:
+            raise InputError(f"{where}: {name} has shape {leaf.shape}; a record must hold at least one value.")
+    x = _typed(x, [f"{where}: {name}" for name in names])
     if not class_labels:
         return x, _finite(_contiguous(y), f"{where}: y")
     if y.ndim != 1:
@@ -119,6 +161,40 @@ def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[Array, 
         bad = y.min() if y.min() < 0 else y.max()
         raise InputError(f"{where}: label {bad} is out of range; labels are class indices from 0 on.")
     return x, np.ascontiguousarray(y, np.int64)
+
+
+def is_array(value: object) -> bool:
+    """Tell whether a value is an array or tensor with records, rather than a number or a sequence of numbers."""
+    return hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0
+
+
+def is_several(x: object) -> bool:
+    """Tell whether x is several inputs, a tuple that holds arrays or a mapping, rather than one array."""
+    return isinstance(x, Mapping) or (isinstance(x, tuple) and any(is_array(part) for part in x))
+
+
+def _parts(x: Any, where: str) -> InputArrays:
+    """Return x as arrays in the structure that it has."""
+    if not is_several(x):
+        return _numeric(x, where)
+    if isinstance(x, Mapping):
+        strange = [key for key in x if not isinstance(key, str)]
+        if strange or not x:
+            found = f"has the key {strange[0]!r}" if strange else "is an empty mapping"
+            raise InputError(f"{where} {found}; it must map names of the model's arguments to arrays.")
+        x = {key: x[key] for key in sorted(x)}
+    parts = [_numeric(leaf, name) for leaf, name in zip(leaves(x), leaf_names(x, where), strict=True)]
+    return rebuilt(x, parts)  # type: ignore[no-any-return]  # as x
+
+
+def _typed(x: InputArrays, where: Sequence[str]) -> InputArrays:
+    """Return x with arrays of the types that models are given; `where` names them."""
+    keeps_masks = is_several(x)
+    found = [
+        np.ascontiguousarray(leaf) if keeps_masks and leaf.dtype == np.bool_ else _finite(_contiguous(leaf), name)
+        for name, leaf in zip(where, leaves(x), strict=True)
+    ]
+    return rebuilt(x, found)  # type: ignore[no-any-return]  # as x
 
 
 def _finite(values: Array, where: str) -> Array:
@@ -155,21 +231,21 @@ class CutShards:
     """Shards cut from one data set by index; the arrays are shared, a shard is copied when it is asked for.
 
     Args:
-        x: `[N, …]`, checked.
+        x: Each array `[N, …]`, checked.
         y: `[N]`, checked.
         indices: One sorted index array a gateway, disjoint.
     """
 
-    x: Array
+    x: InputArrays
     y: Array
     indices: Sequence[npt.NDArray[np.int64]]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Array, Array]:
+    def __getitem__(self, index: int) -> tuple[InputArrays, Array]:
         chosen = self.indices[index]
-        return self.x[chosen], self.y[chosen]
+        return inputs.taken(self.x, chosen), self.y[chosen]
 
 
 def load_pair(shards: Shards, gateway: int) -> tuple[Any, str]:
@@ -222,8 +298,7 @@ class ShardCache:
         pair, where = load_pair(self._shards, gateway)
         x, y = as_arrays(pair, where, class_labels=self._rules.num_classes is not None)
         self._rules.check(x, y, where)
-        # Copies: the arrays may be read-only views of memory that other processes share.
-        shard = Shard(x=torch.from_numpy(x.copy()), y=torch.from_numpy(y.copy()))
+        shard = Shard(x=inputs.tensors(x), y=torch.from_numpy(y.copy()))  # copies: arrays may be shared, or read-only
         self._kept[gateway] = shard
         self._size_bytes += shard.size_bytes
         while self._size_bytes > self._limit_bytes and len(self._kept) > 1:

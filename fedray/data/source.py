@@ -10,8 +10,9 @@ import numpy as np
 
 from fedray.config import RunConfig
 from fedray.data import digits, toy
+from fedray.data.inputs import Array, InputArrays
 from fedray.data.partition import dirichlet_alpha, split
-from fedray.data.shards import Array, CutShards, Shards, as_arrays, load_pair
+from fedray.data.shards import CutShards, Shards, as_arrays, is_several, load_pair
 from fedray.errors import GatewayError, InputError
 from fedray.gateway import Gateway
 from fedray.streams import numpy_generator
@@ -33,9 +34,9 @@ class Federation:
     """
 
     shards: Shards
-    test: tuple[Array, Array] | None
+    test: tuple[InputArrays, Array] | None
     nominal_records: int
-    example: tuple[Array, Array]
+    example: tuple[InputArrays, Array]
     num_classes: int
     lazy: bool
     disjoint: bool
@@ -90,7 +91,7 @@ def from_config(config: RunConfig, key: bytes) -> Federation:
 
 
 def from_shards(
-    config: RunConfig, shards: Any, test: tuple[Array, Array] | None, where: str, class_labels: bool = True
+    config: RunConfig, shards: Any, test: tuple[InputArrays, Array] | None, where: str, class_labels: bool = True
 ) -> Federation:
     """Take shards that the user cut: a list is checked now, any other sequence where its items are needed.
 
@@ -136,7 +137,7 @@ def from_shards(
     )
 
 
-def _first(shards: Shards, where: str, class_labels: bool) -> tuple[Array, Array]:
+def _first(shards: Shards, where: str, class_labels: bool) -> tuple[InputArrays, Array]:
     """Return the first of lazy shards, to try the model on."""
     try:
         pair, _ = load_pair(shards, 0)
@@ -146,7 +147,11 @@ def _first(shards: Shards, where: str, class_labels: bool) -> tuple[Array, Array
 
 
 def _cut(
-    config: RunConfig, train: tuple[Array, Array], test: tuple[Array, Array], alpha: float | None, key: bytes
+    config: RunConfig,
+    train: tuple[InputArrays, Array],
+    test: tuple[InputArrays, Array],
+    alpha: float | None,
+    key: bytes,
 ) -> Federation:
     if config.samples_per_gateway is not None:
         raise InputError(
@@ -169,11 +174,17 @@ def _cut(
 
 
 def _is_pair_of_arrays(train: Any) -> bool:
+    """Tell (x, y) from two shards: y is an array, and a shard is none."""
     return (
         isinstance(train, tuple | list)
         and len(train) == 2
-        and all(hasattr(part, "shape") and hasattr(part, "dtype") for part in train)
+        and (_has_shape(train[0]) or is_several(train[0]))
+        and _has_shape(train[1])
     )
+
+
+def _has_shape(value: object) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _num_classes(labels: Sequence[Array], class_labels: bool) -> int:

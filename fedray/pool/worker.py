@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedray.aggregation import GroupResult, weighted_sum
+from fedray.data.inputs import InputArrays, arrays, leaf_names, leaves
 from fedray.data.shards import RecordRules, ShardCache, Shards
 from fedray.errors import GatewayError, InputError
 from fedray.params import Layout
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
 from fedray.streams import RoundKeys, mac
-from fedray.training.stacked import StackedTrainer
-from fedray.training.trainer import LocalTraining, Trainer
+from fedray.training.engines import Engine, new_trainer
+from fedray.training.program import Program
+from fedray.training.trainer import LocalTraining
 
-Engine = Literal["opacus", "stacked"]
 _LARGEST_STACK_BYTES = 32 * 2**20  # of updates held at a time
 _LARGEST_ANSWER_BYTES = 100_000  # of updates; past it an actor answers with their sum, which is quicker to send
 _CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ class WorkerSetup:
         shards: Where records come from.
         rules: What they must look like.
         engine: Which trainer.
+        program: Of the model and loss, where the engine is "alone".
         memory_limit: Bytes that one actor's training may take; None for its share of half the machine's memory.
         max_update_norm: Refuse longer updates.
         drop_failures: Leave out gateways that fail instead of raising.
@@ -51,6 +53,7 @@ class WorkerSetup:
     shards: Shards
     rules: RecordRules
     engine: Engine
+    program: Program | None = None
     memory_limit: int | None = None
     max_update_norm: float | None = None
     drop_failures: bool = False
@@ -66,17 +69,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda but this machine has no GPU that torch can use; use --device cpu or auto.")
     return torch.device("cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def new_trainer(
-    engine: Engine, model: torch.nn.Module, training: LocalTraining, device: torch.device, memory_limit: int = 2**31
-) -> Trainer:
-    """Return the trainer of an engine."""
-    if engine == "stacked":
-        return StackedTrainer(model, training, device, memory_limit)
-    from fedray.training.reference import OpacusTrainer  # imports Opacus (seconds), which the fast trainer does without
-
-    return OpacusTrainer(model, training, device)
 
 
 def memory_share(device: torch.device, sharing: int) -> int:
@@ -101,7 +93,9 @@ class Worker:
         limit = memory_share(device, sharing) if setup.memory_limit is None else setup.memory_limit
         self._setup = setup
         self._shards = ShardCache(setup.shards, setup.rules, limit_bytes=max(limit // 4, 1))
-        self._trainer = new_trainer(setup.engine, setup.model, setup.training, device, max(limit // 2, 1))
+        self._trainer = new_trainer(
+            setup.engine, setup.model, setup.training, device, max(limit // 2, 1), setup.program
+        )
         self._layout = Layout.of(setup.model)
         self._largest_stack = min(limit // 4, _LARGEST_STACK_BYTES)
         self._thread = ThreadPoolExecutor(max_workers=1)  # starts when it has work
@@ -120,7 +114,7 @@ class Worker:
                 shard = self._shards[gateway]
             except GatewayError as error:
                 raise InputError(error.message) from error
-            found[gateway] = shard_mac(key, shard.x.numpy(), shard.y.numpy())
+            found[gateway] = shard_mac(key, arrays(shard.x), shard.y.numpy())
         return found
 
     def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> GroupResult:
@@ -245,7 +239,9 @@ def _stack(rows: Sequence[Any], num_params: int) -> npt.NDArray[np.float32]:
     return np.stack(rows) if rows else np.empty((0, num_params), np.float32)
 
 
-def shard_mac(key: bytes, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> str:
-    """Return the MAC of a shard's records."""
-    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
-    return mac(key, f"{x.dtype}{x.shape}{y.dtype}{y.shape}".encode() + x.tobytes() + y.tobytes())
+def shard_mac(key: bytes, x: InputArrays, y: npt.NDArray[Any]) -> str:
+    """Return the MAC of a shard's records: of each array's name (where x has several), type, shape and values."""
+    parts = [np.ascontiguousarray(part) for part in (*leaves(x), y)]
+    names = ["", ""] if isinstance(x, np.ndarray) else [*leaf_names(x), "y"]
+    heads = [f"{name}{part.dtype}{part.shape}" for name, part in zip(names, parts, strict=True)]
+    return mac(key, b"".join(["".join(heads).encode(), *(part.tobytes() for part in parts)]))

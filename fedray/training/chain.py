@@ -1,4 +1,4 @@
-"""Models that are a plain sequence of stacked layers and activations: they run without autograd, but for the loss.
+"""Models that are a plain sequence of stacked layers and activations: they run without autograd.
 
 With few gateways a step costs what its calls cost, and autograd's are a quarter of them.
 """
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fedray.models import Loss, cross_entropy
-from fedray.training.layers import StackedLayer
+from fedray.training.layers import StackedLayer, Unsupported
 
 
 class Part(Protocol):
@@ -73,24 +72,29 @@ class _Tanh:
 
 
 class Chain:
-    """A sequence of parts, with autograd's results bit for bit; the default loss' gradient agrees to rounding.
+    """A sequence of parts, with autograd's results bit for bit.
 
     Args:
         parts: In order.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        first = next((i for i, part in enumerate(parts) if isinstance(part, StackedLayer)), len(parts))
+        first = next((i for i, part in enumerate(parts) if isinstance(part, StackedLayer) and part.slots), len(parts))
         self._parts = parts
         self._back = [(part, index > first) for index, part in enumerate(parts) if index >= first][::-1]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Chain | None:
-        """Return the chain that a stacked model is, or None when it is none (its own forward code, hooks, …)."""
+    def of(cls, module: nn.Module) -> Chain:
+        """Return the chain that a stacked model is.
+
+        Raises:
+            Unsupported: It is none; says which part is not proven.
+        """
         parts: list[Part] = []
         if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch lacks the annotation
-            return None
-        return cls(parts) if _collect(module, parts) else None
+            raise Unsupported("hooks are set on all modules")
+        _collect(module, "", parts)
+        return cls(parts)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output `[G, B, …]` for the input `[G, B, …]`."""
@@ -98,37 +102,24 @@ class Chain:
             x = part.grouped_forward(x)
         return x
 
-    def differentiate(self, loss: Loss, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
-        """See `fedray.training.stacking.StackedModel.differentiate`."""
-        gradient = _loss_gradient(loss, self.compute(x), y, weights)
+    def differentiate(self, gradient: torch.Tensor) -> None:
+        """Take the gradient at the outputs `[G, B, …]` back through all parts; layers keep what theirs is made of."""
+        e: torch.Tensor | None = gradient
         for part, input_needed in self._back:
-            if gradient is None:  # the loss does not depend on it
-                return
-            gradient = part.grouped_backward(gradient, input_needed)
+            assert e is not None, "only what has no layers before it has no input gradient"
+            e = part.grouped_backward(e, input_needed)
 
 
-def _loss_gradient(loss: Loss, output: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient of sum(weights · losses) at the outputs; None when the loss does not depend on them."""
-    if loss is cross_entropy and output.dim() == 3 and y.dim() == 2 and y.dtype == torch.int64:
-        # The default loss at class indices: softmax minus the target. By torch's log_softmax, which is slow on few
-        # classes, and its backward pass it takes three times as long; with classes first, which would be quick, rounding
-        # depends on a record's place in the batch.
-        found = (output - output.amax(2, keepdim=True)).exp_()
-        found *= (weights / found.sum(2)).unsqueeze(2)
-        found.scatter_add_(2, y.unsqueeze(2), -weights.unsqueeze(2))
-        return found
-    # Copies are no tensors of the inference mode, which autograd refuses; and the user's loss may work in place.
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = output.flatten(0, 1).clone().requires_grad_()
-        total = weighted(loss(leaf.clone(), y.flatten(0, 1).clone()), weights.flatten().clone())
-    gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
-    return None if gradient is None else gradient.reshape(output.shape)
+def cross_entropy_gradient(output: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of sum(weights · losses) at outputs `[G, B, K]`: softmax minus the target.
 
-
-def weighted(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum of weights · losses `[]`, both `[n]`: asked for the gradient of more than one value, autograd would
-    first import a third of a second of things that it then does not use."""
-    return torch.dot(losses, weights.to(losses.dtype))
+    By torch's log_softmax, which is slow on few classes, and its backward pass it takes three times as long; with classes
+    first, which would be quick, rounding depends on a record's place in the batch.
+    """
+    found = (output - output.amax(2, keepdim=True)).exp_()
+    found *= (weights / found.sum(2)).unsqueeze(2)
+    found.scatter_add_(2, y.unsqueeze(2), -weights.unsqueeze(2))
+    return found
 
 
 def altered(module: nn.Module) -> bool:
@@ -137,23 +128,23 @@ def altered(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def _collect(module: nn.Module | None, parts: list[Part]) -> bool:
+def _collect(module: nn.Module | None, name: str, parts: list[Part]) -> None:
+    """Add a module's parts, or raise Unsupported."""
+    label = f"{name or 'the model'} ({type(module).__name__})"
     if module is None or altered(module):
-        return False
+        raise Unsupported(f"{label} has hooks or a forward of its own")
     kind = type(module)
     if isinstance(module, StackedLayer):
-        if kind.forward is not StackedLayer.forward:  # norms do more than `compute`, under autograd
-            return False
         parts.append(module)
     elif kind is nn.Sequential:
         # Not children(), which leaves out a module's second use.
-        return all(_collect(child, parts) for child in module._modules.values())
-    elif isinstance(module, nn.Flatten) and kind is nn.Flatten and module.start_dim != 0:
+        for child_name, child in module._modules.items():
+            _collect(child, f"{name}.{child_name}" if name else child_name, parts)
+    elif isinstance(module, nn.Flatten) and kind is nn.Flatten and module.start_dim > 0:
         parts.append(_Flatten(module))
     elif kind is nn.ReLU:
         parts.append(_ReLU())
     elif kind is nn.Tanh:
         parts.append(_Tanh())
     else:
-        return False
-    return True
+        raise Unsupported(f"{label} is not on the list of proven parts")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.data.shards import Shard
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
@@ -28,7 +29,7 @@ class Batch:
     """One step's records of a group, padded to the largest batch.
 
     Args:
-        x: `[G, B, …]`.
+        x: Each tensor `[G, B, …]`.
         y: `[G, B, …]`.
         mask: `[G, B]`, 1 for a record and 0 for padding.
         sizes: `[G]`, records in each gateway's batch.
@@ -36,7 +37,7 @@ class Batch:
         starts: `[G]`, where this step's begin.
     """
 
-    x: torch.Tensor
+    x: Inputs
     y: torch.Tensor
     mask: torch.Tensor
     sizes: npt.NDArray[np.int64]
@@ -68,7 +69,7 @@ class Draws:
         shards: Sequence[Shard],
     ) -> None:
         self.shards = shards
-        self._identity = (keys, list(gateways))
+        self.identity = (keys, list(gateways))
         self._privacy = privacy
         self._device = device
         self._noise = LocalNoise(privacy, keys, gateways)
@@ -78,11 +79,11 @@ class Draws:
 
     def serve(self, keys: RoundKeys, gateways: Sequence[int]) -> bool:
         """Tell whether these are the draws of that round and group."""
-        return self._identity == (keys, list(gateways))
+        return self.identity == (keys, list(gateways))
 
     def following(self) -> Draws:
         """Return the draws of the same group in the next round, should it be the first attempt at it."""
-        keys, gateways = self._identity
+        keys, gateways = self.identity
         return Draws(self._privacy, self._device, keys.following(), gateways, self.shards)
 
     def draw_ahead(self, memory: torch.Tensor, stop: Event) -> None:
@@ -140,14 +141,19 @@ class Draws:
         present = np.arange(ends[-1]) - (ends - widths)[step_of] < sizes[:, step_of]  # [G, W]: steps side by side
         index = np.zeros(present.shape, np.int64)
         index[present] = np.concatenate(drawn)
-        samples = (self.shards[0].x, self.shards[0].y)
-        x, y = (sample.new_empty((*present.shape, *sample.shape[1:])) for sample in samples)
-        for row, shard in enumerate(self.shards):
-            chosen = torch.from_numpy(index[row])
-            torch.index_select(shard.x, 0, chosen, out=x[row])
-            torch.index_select(shard.y, 0, chosen, out=y[row])
-        masks = torch.from_numpy(present.astype(np.float32))
-        by_step = zip(*(torch.split(part.to(self._device), widths.tolist(), 1) for part in (x, y, masks)), strict=True)
+        columns = zip(*([*leaves(shard.x), shard.y] for shard in self.shards), strict=True)
+        parts = [_gathered(column, index) for column in columns]
+        parts.append(torch.from_numpy(present.astype(np.float32)))
+        by_step = zip(*(torch.split(part.to(self._device), widths.tolist(), 1) for part in parts), strict=True)
         starts = np.cumsum(sizes, axis=1) - sizes
-        for step, (x_of, y_of, mask) in enumerate(by_step):
-            yield Batch(x=x_of, y=y_of, mask=mask, sizes=sizes[:, step], drawn=drawn, starts=starts[:, step])
+        for step, (*x_of, y_of, mask) in enumerate(by_step):
+            x = rebuilt(self.shards[0].x, x_of)
+            yield Batch(x=x, y=y_of, mask=mask, sizes=sizes[:, step], drawn=drawn, starts=starts[:, step])
+
+
+def _gathered(parts: Sequence[torch.Tensor], index: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Return `[G, W, …]`, the records `index` `[G, W]` of each gateway's tensor `[N, …]`."""
+    found = parts[0].new_empty((*index.shape, *parts[0].shape[1:]))
+    for part, chosen, out in zip(parts, torch.from_numpy(index), found, strict=True):
+        torch.index_select(part, 0, chosen, out=out)
+    return found

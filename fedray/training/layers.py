@@ -50,32 +50,6 @@ class Slot:
         return _unflatten(stacked[:, self.where], 1, *self.shape)
 
 
-class _Tap(torch.autograd.Function):
-    """Runs a stacked layer and catches the gradient of its output on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: StackedLayer) -> torch.Tensor:
-        """Return the layer's output; `anchor` makes autograd come back here even when x needs no gradient."""
-        ctx.layer = layer
-        ctx.x_shape = x.shape
-        out = layer.compute(x.detach())
-        layer.num_values = layer.a.numel() + out.numel()
-        ctx.version = layer.a._version
-        return out.detach()  # no view, so that what follows may work in place
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        """Keep the output gradient and return the input gradient when someone needs it."""
-        layer: StackedLayer = ctx.layer
-        if layer.a._version != ctx.version:
-            raise RuntimeError(
-                f"the input of a {type(layer).__name__} was changed in place after the layer had used it"
-            )
-        needed = ctx.needs_input_grad[0]
-        input_gradient = layer.catch(gradients[0], needed)
-        return (input_gradient.view(ctx.x_shape) if input_gradient is not None else None), None, None
-
-
 class StackedLayer(nn.Module):
     """One leaf layer of G gateways.
 
@@ -88,24 +62,21 @@ class StackedLayer(nn.Module):
         super().__init__()
         self.slots = dict(slots)
         self.frozen = dict(frozen)
-        self.calls = 0
         self.num_values = 0
         self._values: dict[str, torch.Tensor] = {}
         self._targets: dict[str, torch.Tensor] = {}
         self._target_of: torch.Tensor | None = None
         self._gateways = 0
         self._shape = torch.Size()
-        self._anchor = torch.zeros((), requires_grad=True)
         self.a: Any = None
         self.e: Any = None
 
     # It holds no modules or parameters, and torch's look-out for them would take a tenth of a step's time.
     __setattr__ = object.__setattr__  # type: ignore[assignment]  # narrower than torch says
 
-    def bind(self, params: torch.Tensor, anchor: torch.Tensor) -> None:
+    def bind(self, params: torch.Tensor) -> None:
         """Take this layer's parameters from `params` `[G, P]` from now on (views: they follow the optimizer)."""
         self._gateways = len(params)
-        self._anchor = anchor
         self._target_of = None
         self._values = {name: slot.view(params) for name, slot in self.slots.items()}
         for name, value in self.frozen.items():
@@ -130,15 +101,9 @@ class StackedLayer(nn.Module):
         """Return `[G·B, …]` as `[G, B, …]`."""
         return flat.view(self._gateways, -1, *flat.shape[1:])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the layer on the flat batch."""
-        self.calls += 1
-        return _Tap.apply(x, self._anchor, self)  # type: ignore[no-any-return, no-untyped-call]  # torch is untyped here
-
     def forget(self) -> None:
         """Drop what the last step kept."""
         self.a = self.e = None
-        self.calls = 0
 
     @property
     def factored(self) -> bool:
@@ -156,7 +121,9 @@ class StackedLayer(nn.Module):
     def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run `compute` on gateways' records side by side: `[G, B, …]` to `[G, B, …]`."""
         self._shape = x.shape
-        return self.grouped(self.compute(x.flatten(0, 1)))
+        out = self.compute(x.flatten(0, 1))
+        self.num_values = self.a.numel() + out.numel()
+        return self.grouped(out)
 
     def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """Run `catch` on the gradient of such an output."""
@@ -272,9 +239,9 @@ class _Affine(StackedLayer):
 class StackedLinear(_Affine):
     """nn.Linear, with or without a sequence dimension."""
 
-    def bind(self, params: torch.Tensor, anchor: torch.Tensor) -> None:
+    def bind(self, params: torch.Tensor) -> None:
         """See `StackedLayer.bind`."""
-        super().bind(params, anchor)
+        super().bind(params)
         bias = self.value("bias")
         self._columns = self._values["weight"].transpose(1, 2)
         self._bias = None if bias is None else bias.unsqueeze(1)
@@ -300,7 +267,9 @@ class StackedLinear(_Affine):
         if x.dim() != 3:
             return super().grouped_forward(x)
         self.a = x  # the usual case, in as few calls as can be
-        return torch.bmm(x, self._columns) if self._bias is None else torch.baddbmm(self._bias, x, self._columns)
+        out = torch.bmm(x, self._columns) if self._bias is None else torch.baddbmm(self._bias, x, self._columns)
+        self.num_values = x.numel() + out.numel()
+        return out
 
     def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """See `StackedLayer.grouped_backward`."""
@@ -486,74 +455,6 @@ class StackedConv(_Affine):
             target += self.bias_sum(factors).view(target.shape)
 
 
-class StackedScale(StackedLayer):
-    """y = w ⊙ x̂ + b over normalised values: the affine part of LayerNorm, RMSNorm and GroupNorm.
-
-    Args:
-        slots: See `StackedLayer`.
-        frozen: See `StackedLayer`.
-        normalize: Maps the layer's input to x̂; autograd differentiates it.
-        channel_dim: True when w runs over dimension 1 (GroupNorm), False when over the last ones.
-    """
-
-    def __init__(
-        self, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor], *, normalize: Any, channel_dim: bool
-    ) -> None:
-        super().__init__(slots, frozen)
-        self._normalize = normalize
-        self._channel_dim = channel_dim
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise, then scale with each gateway's own weights."""
-        return super().forward(self._normalize(x))
-
-    def _spread(self, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return `[G, *shape]` so that it broadcasts over x `[G, B, …]`."""
-        inner = x.dim() - 2
-        if self._channel_dim:
-            return value.view(len(value), 1, value.shape[1], *([1] * (inner - 1)))
-        return value.view(len(value), 1, *([1] * (inner - (value.dim() - 1))), *value.shape[1:])
-
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """See `StackedLayer.compute`."""
-        self.a = self.grouped(x)
-        out: torch.Tensor = self.a * self._spread(self._values["weight"], self.a)
-        bias = self.value("bias")
-        if bias is not None:
-            out = out + self._spread(bias, self.a)
-        return out.flatten(0, 1)
-
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `StackedLayer.catch`."""
-        self.e = self.grouped(e)
-        return (self.e * self._spread(self._values["weight"], self.e)).flatten(0, 1) if input_needed else None
-
-    def _per_record(self, values: torch.Tensor, name: str) -> torch.Tensor:
-        """Sum values `[G, B, …]` over the dimensions that the parameter does not have: `[G, B, D]`."""
-        if self._channel_dim:
-            return values.flatten(3).sum(3) if values.dim() > 3 else values
-        size = math.prod(self.slots[name].shape)
-        return _unflatten(values.flatten(2), 2, -1, size).sum(2)
-
-    def _gradients(self) -> dict[str, torch.Tensor]:
-        found = {}
-        if self.has("weight"):
-            found["weight"] = self._per_record(self.e * self.a, "weight")
-        if self.has("bias"):
-            found["bias"] = self._per_record(self.e, "bias")
-        return found
-
-    def squared_norms(self) -> torch.Tensor:
-        """See `StackedLayer.squared_norms`."""
-        return torch.stack([_squares(gradient) for gradient in self._gradients().values()]).sum(0)
-
-    def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
-        """See `StackedLayer.add_sums`."""
-        for name, gradient in self._gradients().items():
-            target = self.targets(out)[name]
-            target += _weighted(gradient, factors).sum(1).view(target.shape)
-
-
 class StackedEmbedding(StackedLayer):
     """nn.Embedding: a is `[G, B, T]` token indices, e `[G, B, T, D]`."""
 
@@ -634,21 +535,6 @@ def _two(sizes: Any, missing: int = 1) -> tuple[int, int]:
     return (missing, int(sizes[0])) if len(sizes) == 1 else (int(sizes[0]), int(sizes[1]))
 
 
-def _layer_norm(module: nn.LayerNorm, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
-    shape, eps = module.normalized_shape, module.eps
-    return StackedScale(slots, frozen, normalize=lambda x: F.layer_norm(x, shape, None, None, eps), channel_dim=False)
-
-
-def _rms_norm(module: nn.RMSNorm, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
-    shape, eps = list(module.normalized_shape), module.eps
-    return StackedScale(slots, frozen, normalize=lambda x: F.rms_norm(x, shape, None, eps), channel_dim=False)
-
-
-def _group_norm(module: nn.GroupNorm, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
-    groups, eps = module.num_groups, module.eps
-    return StackedScale(slots, frozen, normalize=lambda x: F.group_norm(x, groups, None, None, eps), channel_dim=True)
-
-
 def _embedding(module: nn.Embedding, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         raise Unsupported("max_norm, scale_grad_by_freq and sparse are not proven")
@@ -659,17 +545,6 @@ KINDS: dict[type[nn.Module], Any] = {
     nn.Linear: _linear,
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.GroupNorm: _group_norm,
     nn.Embedding: _embedding,
 }
 """The proven list: how each kind of leaf layer is stacked. Subclasses are not on it: their forward may differ."""
-
-DRAWING = (
-    nn.modules.dropout._DropoutNd,
-    nn.RReLU,
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
-)
-"""Modules that draw random numbers; they run in the reference trainer only."""

@@ -20,8 +20,10 @@ import torch
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 
+from fedray.data.inputs import on
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
+from fedray.models import call_model
 from fedray.params import Layout
 from fedray.privacy.clipping import clip_factors, clip_rows, select_finite
 from fedray.privacy.levels import level_of
@@ -79,7 +81,7 @@ class OpacusTrainer:
         sampler = PoissonSampler(privacy, keys, gateway)
         noise = LocalNoise(privacy, keys, [gateway])
         seed_key = keys.key("model draws", gateway)
-        x, y = shard.x.to(self._device), shard.y.to(self._device)
+        shard = Shard(x=on(shard.x, self._device), y=shard.y.to(self._device))
         optimizer = self._new_optimizer()
         with forked_global_rng(torch_seed(seed_key, "round")), warnings.catch_warnings():
             # Torch remarks at each first backward that records need no gradient themselves: true, and meant so.
@@ -91,8 +93,9 @@ class OpacusTrainer:
                     continue  # nothing to learn from; the private levels still release noise
                 optimizer.zero_grad(set_to_none=True)
                 if len(batch):
-                    chosen = torch.from_numpy(batch).to(self._device)
-                    self._training.loss(self._model(x[chosen]), y[chosen]).sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
+                    chosen = shard.records(torch.from_numpy(batch).to(self._device))
+                    losses = self._training.loss(call_model(self._model, chosen.x), chosen.y)
+                    losses.sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
                 self._step(optimizer, gateway, step, batch, noise)
         return self._layout.flatten(self._values)
 

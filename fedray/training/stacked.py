@@ -1,14 +1,13 @@
 """The fast trainer: all gateways of a group in one batched step.
 
-The parameters of G gateways are one `[G, P]` matrix. A step runs the model once on a padded flat batch, catches each
-layer's inputs and output gradients (`fedray.training.layers`), clips per record by norms alone, and adds the clipped
-sums onto the step's noise, which is already in the gradient matrix. Groups are cut so that a step's matrices stay in the
-processor's cache and under the memory limit; the cut changes results by rounding alone (padding differs; within 1e-5).
+The parameters of G gateways are one `[G, P]` matrix. A step asks for each gateway's sum of clipped record gradients
+(`RecordGradients`: a sequence of proven layers, or a program that saw one record) and adds it onto the step's noise, which
+is already in the gradient matrix. Groups are cut so that a step's matrices stay in the processor's cache and under the
+memory limit; the cut changes results by rounding alone (padding differs; within 1e-5).
 """
 
 from __future__ import annotations
 
-import functools
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,14 +19,13 @@ import torch
 
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
-from fedray.privacy.clipping import clip_factors, clip_rows, usable
+from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
 from fedray.streams import RoundKeys
 from fedray.training.draws import Batch, Draws
-from fedray.training.layers import quick_norms, quick_sums
+from fedray.training.record_gradients import RecordGradients
 from fedray.training.row_optimizers import new_row_optimizer
-from fedray.training.stacking import StackedModel
-from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
+from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 _CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
 _FEWEST_TOGETHER = 4  # gateways whose parameters would fit the cache
@@ -39,24 +37,21 @@ class StackedTrainer:
     """Trains groups of gateways in one batched step.
 
     Args:
-        model: Copied; must be stackable (`fedray.training.stacking.reason_against`).
+        gradients: Of the model and loss.
         training: How gateways train.
         device: Where.
         memory_limit: Bytes that a group's matrices and activations may take.
-
-    Raises:
-        Unsupported: A layer is not on the proven list.
     """
 
     def __init__(
-        self, model: torch.nn.Module, training: LocalTraining, device: torch.device, memory_limit: int = 2**31
+        self, gradients: RecordGradients, training: LocalTraining, device: torch.device, memory_limit: int = 2**31
     ) -> None:
         self.observer: StepObserver | None = None
         self._training = training
         self._device = device
         self._local = level_of(training.privacy).local
         self._divisor = float(training.privacy.batch_size) if self._local == "record" else 1.0
-        self._model = StackedModel(model, device)
+        self._gradients = gradients
         self._memory_limit = memory_limit
         self._values_per_record: int | None = None
         self._first: Draws | None = None  # of the first group of the last round
@@ -90,27 +85,23 @@ class StackedTrainer:
     def _group_size(self, num_params: int, shard: Shard) -> int:
         per_gateway = matrices = 4 * _MATRICES * num_params
         # Inputs, outputs, their gradients and one temporary of each, for batches half as large again as expected.
-        per_gateway += int(4 * 4 * 1.5 * self._training.privacy.batch_size * self._record_values(num_params, shard))
+        per_gateway += int(4 * 4 * 1.5 * self._training.privacy.batch_size * self._record_values(shard))
         size = self._memory_limit // per_gateway
         if self._device.type == "cpu":
             # Small enough for the cache, but not so small that the calls cost more than the work.
             size = min(size, max(_CACHE_BYTES // per_gateway, _FEWEST_TOGETHER if matrices <= _CACHE_BYTES else 1))
-        return max(1, size)
+        return max(1, min(size, self._gradients.most_together))
 
-    def _record_values(self, num_params: int, shard: Shard) -> int:
-        """Return how many values the stacked layers take in and give out for one record."""
+    def _record_values(self, shard: Shard) -> int:
         if self._values_per_record is None:
-            self._model.bind(torch.zeros(1, num_params, device=self._device))
-            with torch.no_grad():
-                self._model.forward(shard.x[:1].to(self._device))
-            self._values_per_record = sum(layer.num_values for layer in self._model.layers)
+            self._values_per_record = self._gradients.values_per_record(shard)
         return self._values_per_record
 
     def draw_ahead(self, stop: Event) -> None:
         """See `fedray.training.trainer.Trainer.draw_ahead`."""
         if self._first is None or self._device.type != "cpu":
             return
-        following, rows, num_params = self._first.following(), len(self._first.shards), self._model.num_params
+        following, rows, num_params = self._first.following(), len(self._first.shards), self._gradients.num_params
         steps = 0 if self._local == "plain" else min(_AHEAD_BYTES, self._memory_limit // 8) // (4 * rows * num_params)
         size = min(steps, self._training.privacy.local_steps) * rows * num_params
         with self._mode():
@@ -127,13 +118,12 @@ class StackedTrainer:
 
     def _mode(self) -> AbstractContextManager[None]:
         # Without the book-keeping that autograd wants a step's calls take a sixth less time.
-        quick = self._model.chain is not None and self.observer is None
-        return torch.inference_mode() if quick else torch.no_grad()
+        return torch.inference_mode() if self.observer is None else torch.no_grad()
 
     def _train_group(self, params: Float32Array, gateways: Sequence[int], draws: Draws) -> Float32Array:
         sent = torch.from_numpy(np.array(params, np.float32)).to(self._device)  # a copy: it may be a shared view
         values = sent.repeat(len(gateways), 1)
-        self._model.bind(values)
+        self._gradients.bind(values, draws.identity)
         optimizer = new_row_optimizer(self._training.optimizer, values, self._training.lr, self._divisor)
         memory = torch.empty_like(values)
         for step, batch in enumerate(draws.batches()):
@@ -149,17 +139,17 @@ class StackedTrainer:
     ) -> torch.Tensor:
         """Return the step's gradients `[G, P]` with their noise, times the optimizer's divisor; in `memory` or not."""
         if self._local == "plain":
-            self._add_gradients(memory.zero_(), batch, 1.0 / np.maximum(batch.sizes, 1))
+            self._add_gradients(memory.zero_(), batch, step, 1.0 / np.maximum(batch.sizes, 1))
             return memory
         if self._local == "record" and self.observer is None:
             gradient = draws.noise(step, memory)
-            self._add_clipped_records(gradient, batch)
+            self._add_clipped_records(gradient, batch, step)
             return gradient
         gradient = memory.zero_()
         if self._local == "record":
-            self._add_clipped_records(gradient, batch)
+            self._add_clipped_records(gradient, batch, step)
         else:
-            self._add_gradients(gradient, batch, np.full(len(gateways), 1.0 / self._training.privacy.batch_size))
+            self._add_gradients(gradient, batch, step, np.full(len(gateways), 1.0 / self._training.privacy.batch_size))
             gradient.copy_(clip_rows(gradient, self._training.privacy.clip_norm))
         drawn = draws.noise(step, torch.empty_like(gradient))
         if self.observer is None:
@@ -168,53 +158,15 @@ class StackedTrainer:
             self._observe(self.observer, gradient, drawn, gateways, step, batch)
         return gradient
 
-    def _add_gradients(self, gradient: torch.Tensor, batch: Batch, scales: npt.NDArray[np.float64]) -> None:
+    def _add_gradients(self, gradient: torch.Tensor, batch: Batch, step: int, scales: npt.NDArray[np.float64]) -> None:
         """Set `gradient`, which is zero, to each gateway's gradient sum times its scale."""
-        if not batch.mask.shape[1]:
-            return
-        weights = batch.mask * torch.from_numpy(scales.astype(np.float32)).to(self._device).unsqueeze(1)
-        self._losses_backward(batch, weights)
-        layers = self._model.used_layers()
-        if any(layer.a.shape[1] != batch.mask.shape[1] for layer in layers):  # gateways would mix
-            raise RuntimeError(NOT_THE_BATCH)
-        for layer in layers:
-            layer.add_sums(gradient, None)
-        padded = bool((batch.sizes < batch.mask.shape[1]).any())
-        # Padding repeats a record that was not drawn, which must count for nothing; but 0 · NaN is NaN. On a GPU, looking
-        # would cost more than selecting.
-        if padded and (self._device.type != "cpu" or not bool(torch.isfinite(gradient.sum()))):
-            gradient.zero_()
-            for layer in layers:
-                layer.select(batch.mask.bool())
-                layer.add_sums(gradient, None)
+        if batch.mask.shape[1]:
+            self._gradients.add_weighted(gradient, batch, step, scales)
 
-    def _add_clipped_records(self, gradient: torch.Tensor, batch: Batch) -> None:
+    def _add_clipped_records(self, gradient: torch.Tensor, batch: Batch, step: int) -> None:
         """Add each gateway's sum of clipped record gradients (Abadi et al. 2016, Algorithm 1)."""
-        if not batch.mask.shape[1]:
-            return
-        self._losses_backward(batch, batch.mask)
-        layers, clip_norm = self._model.used_layers(), self._training.privacy.clip_norm
-        if not layers:
-            return
-        on_cpu = self._device.type == "cpu"  # on a GPU, looking at values would cost more than it spares
-        norms = quick_norms(layers, batch.mask.shape, clip_norm) if on_cpu else None
-        if norms is None:
-            squares = [layer.squared_norms() for layer in layers]
-            if any(part.shape != batch.mask.shape for part in squares):  # clipping would not bound a record's share
-                raise RuntimeError(NOT_THE_BATCH)
-            norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
-            if not on_cpu or not bool(usable(norms.max())):
-                for layer in layers:
-                    layer.select(usable(norms))
-        elif len(layers) == len(self._model.layers):  # their parameters are the whole vector, in its order
-            gradient += quick_sums(layers, clip_factors(norms, clip_norm, all_usable=True))
-            return
-        factors = clip_factors(norms, clip_norm)
-        for layer in layers:
-            layer.add_sums(gradient, factors)
-
-    def _losses_backward(self, batch: Batch, weights: torch.Tensor) -> None:
-        self._model.differentiate(self._training.loss, batch.x, batch.y, weights)
+        if batch.mask.shape[1]:
+            self._gradients.add_clipped(gradient, batch, step, self._training.privacy.clip_norm)
 
     def _observe(
         self,

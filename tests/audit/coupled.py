@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedray.data.inputs import only_leaf
+from fedray.data.shards import joined
 from fedray.params import Layout
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
@@ -192,11 +194,10 @@ class CoupledTrainer:
         sums = torch.zeros_like(values)
         if len(owner) == 0:
             return sums
-        x = torch.cat([shard.x[torch.from_numpy(batch)] for shard, batch in zip(held, batches, strict=True)])
-        y = torch.cat([shard.y[torch.from_numpy(batch)] for shard, batch in zip(held, batches, strict=True)])
+        drawn = joined([shard.records(torch.from_numpy(batch)) for shard, batch in zip(held, batches, strict=True)])
         theta = values[owner].requires_grad_()
         rows = {name: theta[:, where].view(-1, *shape) for name, shape, where in self._layout.slices()}
-        gradients = torch.autograd.grad(self._coupling(rows, x, y).sum(), theta)[0]
+        gradients = torch.autograd.grad(self._coupling(rows, only_leaf(drawn.x), drawn.y).sum(), theta)[0]
         if level_of(self._training.privacy).local == "record":
             gradients = self._clip(gradients, self._training.privacy.clip_norm)
         return sums.index_add_(0, owner, gradients)
@@ -250,5 +251,8 @@ def trained_by(coupling: str = "none", clip: Clip = clip_rows, unwatched_noise: 
     def new_trainer(_engine: str, model: nn.Module, training: LocalTraining, *_rest: Any, **_more: Any) -> Any:
         return CoupledTrainer(COUPLINGS.get(coupling, Coupling)(), model, training, clip, unwatched_noise)
 
-    with mock.patch("fedray.pool.worker.new_trainer", new_trainer):
+    with (
+        mock.patch("fedray.pool.worker.new_trainer", new_trainer),
+        mock.patch("fedray.training.engines.new_trainer", new_trainer),
+    ):
         yield

@@ -21,7 +21,7 @@ from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.session import Session
 from fedray.streams import RoundKeys
-from fedray.training import layers
+from fedray.training import alone, layers
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver, Trainer
 
@@ -75,7 +75,7 @@ def noise_shared_by_gateways(patch: Patch, engine: str) -> None:
 def noise_shared_by_steps(patch: Patch, engine: str) -> None:
     """Every step starts the stream anew."""
     nonce = streams._nonce
-    patch.setattr(streams, "_nonce", lambda step: nonce(0))
+    patch.setattr(streams, "_nonce", lambda step, block=0: nonce(0))
 
 
 def noise_shared_by_rounds(patch: Patch, engine: str) -> None:
@@ -129,21 +129,29 @@ def non_finite_let_through(patch: Patch, engine: str) -> None:
         lambda norms, clip_norm, **_: (clip_norm / norms).clamp(max=1.0).float(),
     )
     replace_everywhere(patch, clipping.select_finite, lambda values, norms: values)
-    for layer in (layers.StackedLayer, layers.StackedConv):
+    for layer in (layers.StackedLayer, layers.StackedConv, alone._Made, alone._Product, alone._Rows):
         patch.setattr(layer, "select", lambda self, keep: None)
 
 
 def per_layer_clipping(patch: Patch, engine: str) -> None:
     """Each layer's gradient is clipped to C on its own."""
-    if engine == "stacked":
+    if engine in ("stacked", "alone"):
 
-        def mutated_records(self: Any, gradient: torch.Tensor, batch: Any) -> None:
-            if batch.mask.shape[1]:
-                self._losses_backward(batch, batch.mask)
-                for layer in self._model.used_layers():
-                    norms = layer.squared_norms().sqrt()
-                    layer.select(torch.isfinite(norms))
-                    layer.add_sums(gradient, clipping.clip_factors(norms, self._training.privacy.clip_norm))
+        def mutated_records(self: Any, gradient: torch.Tensor, batch: Any, step: int) -> None:
+            if not batch.mask.shape[1]:
+                return
+            if isinstance(self._gradients, alone.AloneGradients):
+                parts: list[Any] = [part for some, _ in self._gradients._parts(batch, step) for part in some]
+            else:
+                parts = self._gradients._differentiated(batch, batch.mask)
+            for part in parts:
+                norms = part.squared_norms().sqrt()
+                part.select(torch.isfinite(norms))
+                factors = clipping.clip_factors(norms, self._training.privacy.clip_norm)
+                if isinstance(part, alone._Part):
+                    part.add_sum(gradient[0], factors)
+                else:
+                    part.add_sums(gradient, factors)
 
         patch.setattr(StackedTrainer, "_add_clipped_records", mutated_records)
         return
@@ -164,10 +172,10 @@ def per_layer_clipping(patch: Patch, engine: str) -> None:
 
 def mean_clipped_then_multiplied(patch: Patch, engine: str) -> None:
     """The mean gradient is clipped and multiplied by the batch size."""
-    if engine == "stacked":
+    if engine in ("stacked", "alone"):
 
-        def mutated_records(self: Any, gradient: torch.Tensor, batch: Any) -> None:
-            self._add_gradients(gradient, batch, 1.0 / np.maximum(batch.sizes, 1))
+        def mutated_records(self: Any, gradient: torch.Tensor, batch: Any, step: int) -> None:
+            self._add_gradients(gradient, batch, step, 1.0 / np.maximum(batch.sizes, 1))
             clipped = clipping.clip_rows(gradient, self._training.privacy.clip_norm)
             gradient.copy_(clipped * torch.from_numpy(batch.sizes.astype(np.float32)).unsqueeze(1))
 
@@ -215,10 +223,10 @@ class _Steered:
 
 
 def _steer(patch: Patch, mutation: Mutation) -> None:
-    from fedray.pool import worker
+    from fedray.training import engines
 
-    new_trainer = worker.new_trainer
-    replace_everywhere(patch, new_trainer, lambda *args: _Steered(new_trainer(*args), mutation))
+    new_trainer = engines.new_trainer
+    replace_everywhere(patch, new_trainer, lambda *args, **named: _Steered(new_trainer(*args, **named), mutation))
 
 
 def divided_by_realised_size(patch: Patch, engine: str) -> None:
@@ -264,15 +272,15 @@ class _PrivateDivisor:
 
 def divisor_from_private_size(patch: Patch, engine: str) -> None:
     """B is q·N of the gateway's own N."""
-    from fedray.pool import worker
+    from fedray.training import engines
 
-    new_trainer = worker.new_trainer
-    replace_everywhere(patch, new_trainer, lambda *args: _PrivateDivisor(new_trainer, args))
+    new_trainer = engines.new_trainer
+    replace_everywhere(patch, new_trainer, lambda *args, **_: _PrivateDivisor(new_trainer, args))
 
 
 def empty_batches_skipped(patch: Patch, engine: str) -> None:
     """An empty batch is no step."""
-    if engine == "stacked":
+    if engine in ("stacked", "alone"):
         observe = StackedTrainer._observe
 
         def mutated_observe(self: Any, observer: Any, gradient: torch.Tensor, *args: Any) -> None:

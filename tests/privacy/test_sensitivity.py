@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,15 +17,13 @@ from fedray.params import Layout
 from fedray.privacy.clipping import clip_factors, clip_rows
 from fedray.privacy.mechanism import aggregate
 from fedray.privacy.noise import LocalNoise, aggregate_noise
-from fedray.training.layers import Unsupported
-from fedray.training.stacked import StackedTrainer
+from fedray.training.engines import new_trainer
 from tests.privacy import checks
 from tests.privacy.proofs import hard_shards, neighbours_differ_at_most
 from tests.privacy.worlds import (
     MODELS,
     NUM_FEATURES,
     NUM_OUTPUTS,
-    UNSUPPORTED,
     clipped_sum,
     keys_of,
     model_of,
@@ -69,7 +67,6 @@ def shards(draw: st.DrawFn, minimum: int = 2) -> Shard:
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_sample_release_moves_by_at_most_c(engine: str, shard: Shard, kind: str, rate: float) -> None:
     """Add or remove the last record: ‖s(D) − s(D′)‖ ≤ C·(1 + 1e-5), everything else equal. Deterministic (no alpha)."""
-    assume((engine, kind) not in UNSUPPORTED)
     bound = spec_of("sample").clip_norm
     neighbours_differ_at_most(engine, kind, "sample", shard, without_last(shard), bound=bound, rate=rate)
 
@@ -78,7 +75,6 @@ def test_sample_release_moves_by_at_most_c(engine: str, shard: Shard, kind: str,
 @given(shard=shards(minimum=1), other=shards(minimum=1), kind=st.sampled_from(MODELS))
 def test_batch_release_moves_by_at_most_2c(engine: str, shard: Shard, other: Shard, kind: str) -> None:
     """Replace the whole shard: ‖h(D) − h(D′)‖ ≤ 2C·(1 + 1e-5), everything else equal. Deterministic (no alpha)."""
-    assume((engine, kind) not in UNSUPPORTED)
     clip_norm = spec_of("batch").clip_norm
     neighbours_differ_at_most(engine, kind, "batch", shard, other, bound=2 * clip_norm)
     observed = observe(engine, model_of(kind), training_of(spec_of("batch")), {0: shard}, keys_of(8))
@@ -90,10 +86,6 @@ def test_batch_release_moves_by_at_most_2c(engine: str, shard: Shard, other: Sha
 @pytest.mark.parametrize("kind", MODELS)
 def test_release_is_the_clipped_sum_of_autograd(engine: str, level: str, kind: str) -> None:
     """The clipped value is what plain autograd gives record by record: frozen and shared parameters included."""
-    if (engine, kind) in UNSUPPORTED:
-        with pytest.raises(Unsupported):
-            observe(engine, model_of(kind), training_of(spec_of(level)), {0: random_shard(2)}, keys_of(0))
-        return
     spec = spec_of(level, clip_norm=0.8, local_steps=1)
     model, shard = model_of(kind), random_shard(12, seed=3)
     for seed in range(3):
@@ -167,7 +159,7 @@ def test_gradients_that_cancel_within_a_record_leave_the_noise_alone() -> None:
 
     def update(*records: tuple[int, int]) -> np.ndarray:
         shard = Shard(x=torch.tensor(records), y=y[: len(records)])
-        trainer = StackedTrainer(model, training, torch.device("cpu"))
+        trainer = new_trainer("stacked", model, training, torch.device("cpu"))
         return trainer.train(keys_of(1), Layout.of(model).flatten(model), [0], {0: shard})[0]
 
     with_records = update((1, 1), (2, 2))

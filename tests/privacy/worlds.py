@@ -18,6 +18,7 @@ from fedray.pool import worker
 from fedray.privacy.spec import PrivacySpec
 from fedray.progress import Silent
 from fedray.streams import RoundKeys, first_round_key, new_root_key, next_round_key
+from fedray.training import engines
 from fedray.training.trainer import LocalTraining, Release
 
 Float32Array = npt.NDArray[np.float32]
@@ -109,8 +110,6 @@ def model_of(kind: str) -> nn.Module:
 
 
 MODELS = ("linear", "mlp", "frozen", "tied", "conv")
-UNSUPPORTED = {("stacked", "tied")}
-"""Engine and model that fedray refuses to combine (it falls back to the reference trainer)."""
 
 
 def wide_model(num_params: int) -> nn.Module:
@@ -203,7 +202,7 @@ def observe(
     replay: Steps | None = None,
 ) -> Observed:
     """Train gateways for one round with a real trainer and record every local step."""
-    trainer = worker.new_trainer(cast(worker.Engine, engine), model, training, torch.device("cpu"))
+    trainer = engines.new_trainer(cast(engines.Engine, engine), model, training, torch.device("cpu"))
     recorder = Recorder(replay=replay)
     trainer.observer = recorder
     params = Layout.of(model).flatten(model)
@@ -215,7 +214,7 @@ def observe_nothing(
     engine: str, model: nn.Module, training: LocalTraining, shards: Mapping[int, Shard], keys: RoundKeys
 ) -> npt.NDArray[np.float64]:
     """Train gateways for one round as a run does, without an observer; return the updates `[G·P]`."""
-    trainer = worker.new_trainer(cast(worker.Engine, engine), model, training, torch.device("cpu"))
+    trainer = engines.new_trainer(cast(engines.Engine, engine), model, training, torch.device("cpu"))
     updates = trainer.train(keys, Layout.of(model).flatten(model), sorted(shards), shards)
     return updates.astype(np.float64).ravel()
 
@@ -223,9 +222,9 @@ def observe_nothing(
 def worker_of(engine: str, model: nn.Module, training: LocalTraining, shards: Sequence[Shard]) -> worker.Worker:
     """Return a real worker over these shards."""
     pairs = [(shard.x.numpy(), shard.y.numpy()) for shard in shards]
-    rules = RecordRules(record_shape=(NUM_FEATURES,), integer=False, num_classes=None)
+    rules = RecordRules.of(np.zeros((1, NUM_FEATURES), np.float32), None)
     setup = worker.WorkerSetup(
-        model=model, training=training, shards=pairs, rules=rules, engine=cast(worker.Engine, engine)
+        model=model, training=training, shards=pairs, rules=rules, engine=cast(engines.Engine, engine)
     )
     return worker.Worker(setup, torch.device("cpu"))
 

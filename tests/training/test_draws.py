@@ -13,10 +13,10 @@ from torch import nn
 from fedray.data.shards import Shard
 from fedray.models import cross_entropy
 from fedray.params import Layout
-from fedray.pool.worker import new_trainer
 from fedray.privacy.spec import NoiseLevelName
 from fedray.streams import RoundKeys
 from fedray.training.draws import Draws
+from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 from tests.privacy.worlds import spec_of
 

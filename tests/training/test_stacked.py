@@ -18,10 +18,10 @@ from fedray.data.shards import Shard
 from fedray.errors import GatewayError
 from fedray.models import Loss, cross_entropy
 from fedray.params import Layout
-from fedray.pool.worker import Engine, new_trainer
 from fedray.privacy.clipping import usable
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
 from fedray.streams import RoundKeys
+from fedray.training.engines import Engine, new_trainer
 from fedray.training.layers import Slot, StackedLinear, quick_norms
 from fedray.training.stacking import StackedModel, reason_against
 from fedray.training.trainer import LocalTraining, Release

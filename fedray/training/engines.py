@@ -1,0 +1,96 @@
+"""Which trainer trains: how the isolation of records is had, and what says so."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fedray.data.inputs import on, only_leaf, taken
+from fedray.data.shards import Shard
+from fedray.models import Loss, cross_entropy
+from fedray.params import Layout
+from fedray.training.alone import AloneGradients
+from fedray.training.program import Program
+from fedray.training.record_gradients import RecordGradients, SequenceGradients
+from fedray.training.stacked import StackedTrainer
+from fedray.training.stacking import StackedModel, reason_against
+from fedray.training.trainer import LocalTraining, Trainer
+
+Engine = Literal["opacus", "stacked", "sequence", "alone"]
+Isolation = Literal["sequence", "alone"]
+"""How a record's gradient is kept apart from others': a sequence of proven layers, or code that saw one record alone."""
+
+
+def isolation_of(engine: Engine, model: nn.Module) -> Isolation:
+    """Return how an engine keeps records of a model apart."""
+    return "alone" if engine == "alone" or reason_against(model) is not None else "sequence"
+
+
+def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> Program | None:
+    """Return the program that the user's code is traced to; None where none of it runs.
+
+    Args:
+        isolation: "alone": the program of model and loss; "sequence": of the loss, None for the default one.
+        model: Copied.
+        loss: Maps (output, target) to one value a record.
+        shard: Gives shapes and types of a record.
+
+    Raises:
+        Untraceable: The code cannot be run on one record.
+    """
+    if isolation == "sequence" and loss is cross_entropy:
+        return None
+    from fedray.training.tracing import (  # torch.fx takes a second to import: actors do without
+        Example,
+        trace,
+        trace_loss,
+    )
+
+    x, y = on(taken(shard.x, slice(1)), torch.device("cpu")), shard.y[:1].cpu()
+    if isolation == "sequence":
+        output, _ = StackedModel(model, torch.device("cpu")).one_output(only_leaf(x))
+        return trace_loss(loss, output, y)
+    return trace(copy.deepcopy(model).cpu().train(), loss, Example(x=x, y=y))
+
+
+def new_trainer(
+    engine: Engine,
+    model: nn.Module,
+    training: LocalTraining,
+    device: torch.device,
+    memory_limit: int = 2**31,
+    program: Program | None = None,
+) -> Trainer:
+    """Return the trainer of an engine.
+
+    Args:
+        engine: "stacked" is the fast trainer, in the way that suits the model; "sequence" and "alone" ask for one of them.
+        model: Copied.
+        training: How gateways train.
+        device: Where.
+        memory_limit: Bytes that a group's matrices and activations may take.
+        program: What `traced` gives; None to trace when the first shard is there.
+    """
+    if engine == "opacus":
+        from fedray.training.reference import (
+            OpacusTrainer,  # imports Opacus (seconds), which the fast trainer does without
+        )
+
+        return OpacusTrainer(model, training, device)
+    isolation: Isolation = "sequence" if engine == "sequence" else isolation_of(engine, model)
+
+    def program_of(shard: Shard) -> Program:
+        found = program if program is not None else traced(isolation, model, training.loss, shard)
+        assert found is not None, "only the default loss on a sequence has no program"
+        return found
+
+    gradients: RecordGradients
+    if isolation == "sequence":
+        own_loss = None if training.loss is cross_entropy else program_of
+        gradients = SequenceGradients(model, own_loss, device)
+    else:
+        gradients = AloneGradients(program_of, Layout.of(model), device, memory_limit)
+    return StackedTrainer(gradients, training, device, memory_limit)

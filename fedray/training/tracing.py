@@ -1,0 +1,431 @@
+"""From the user's model and loss to a `Program`: the code runs once, on one record without values, and what it does is noted.
+
+Records cannot be coupled by what follows: the code saw a single record, and its operations are all that is ever repeated.
+Two passes are noted. The first is what the code does before autograd sees it (layers keep their names), so that weights of
+matrix products and embeddings, which need no gradient per record, can be told from others, random draws be keyed, and
+recurrent layers be taken apart. The second is that pass with autograd's backward pass behind it.
+
+Code whose backward pass is its own (torch.autograd.Function) goes straight to the second pass.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fedray.data.inputs import Inputs, leaves, rebuilt
+from fedray.models import Loss, call_model
+from fedray.training.parameter_uses import Use, uses_of
+from fedray.training.program import Draw, Instruction, Program, Site, Spec, Untraceable, Value
+from fedray.training.rewriting import Rewriter, draws_of
+
+IDENTITIES = frozenset(
+    {
+        "aten.clone.default",
+        "aten.detach.default",
+        "aten.alias.default",
+        "aten.lift_fresh_copy.default",
+        "aten.lift_fresh.default",
+        "aten.contiguous.default",
+    }
+)
+_LARGEST_FOLDED = 2**22  # values of a constant that is computed beforehand
+
+
+class _OwnBackward(Exception):
+    """The code has a backward pass of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """What the trace is made from: shapes and types alone, values are never looked at.
+
+    Args:
+        x: One record, with a batch dimension of 1.
+        y: Its target, likewise.
+    """
+
+    x: Inputs
+    y: torch.Tensor
+
+
+class _Code:
+    """The user's model and loss as one function of flat lists of tensors."""
+
+    def __init__(self, model: nn.Module, loss: Loss, example: Example) -> None:
+        named = dict(model.named_parameters())
+        self.trainable = [name for name, parameter in named.items() if parameter.requires_grad]
+        self.params = [named[name].detach() for name in self.trainable]
+        frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
+        self.held = frozen | {name: buffer.detach() for name, buffer in model.named_buffers()}
+        self._model, self._loss, self._example = model, loss, example
+        self.inputs = leaves(example.x)
+
+    def losses(
+        self, params: Sequence[torch.Tensor], held: Sequence[torch.Tensor], x: Sequence[torch.Tensor], y: Any
+    ) -> torch.Tensor:
+        """Return the record's loss `[1]`."""
+        state = dict(zip(self.trainable, params, strict=True)) | dict(zip(self.held, held, strict=True))
+        output = call_model(self._model, rebuilt(self._example.x, x), state)
+        found = self._loss(output, y)
+        if not isinstance(found, torch.Tensor) or found.numel() != 1:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise Untraceable(f"the loss of one record is {shape}; it must be one value a record, [n] for n records")
+        return found.reshape(1)
+
+
+def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
+    """Return what a model and a loss compute for one record, with its gradient.
+
+    Args:
+        model: In the mode in which it trains; stays unchanged, but for what its own forward pass changes.
+        loss: Maps (output, target) of a batch of one to its value.
+        example: Gives shapes and types.
+
+    Raises:
+        Untraceable: The code looks at values, has state, or uses what is not supported; says which.
+    """
+    code = _Code(model, loss, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+        try:
+            try:
+                with _own_backward_passes_refused():
+                    forward = _forward(code)
+            except _OwnBackward:
+                joint, wanted = _joint_directly(code)
+            else:
+                uses = uses_of(forward, len(code.params))
+                joint, wanted = _joint(code, forward, uses)
+        except Untraceable:
+            raise
+        except Exception as error:  # the user's code may do anything that torch.fx refuses
+            raise Untraceable(_reason(error)) from error
+    return _program(code, joint, wanted)
+
+
+def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Program:
+    """Return how a loss changes with a model's output, for one record: a program whose one parameter is the output.
+
+    Args:
+        loss: Maps (output, target) of a batch of one to its value.
+        output: `[1, …]`; gives shape and type.
+        target: `[1, …]`; likewise.
+
+    Raises:
+        Untraceable: See `trace`.
+    """
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Parameter(output.detach().clone())
+
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            return self.output
+
+    code = _Code(Output(), loss, Example(x=torch.zeros(1, 1), y=target))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+        try:
+            return _program(code, *_joint_directly(code))
+        except Untraceable:
+            raise
+        except Exception as error:  # the user's code may do anything that torch.fx refuses
+            raise Untraceable(_reason(error)) from error
+
+
+def _forward(code: _Code) -> fx.GraphModule:
+    """Return the first pass: a graph of (params…, held…, x…, y) to the loss."""
+    sizes = [len(code.params), len(code.held), len(code.inputs)]
+
+    def flat(*values: torch.Tensor) -> torch.Tensor:
+        params, held, x = _split(values, sizes)
+        return code.losses(params, held, x, values[-1])
+
+    arguments = (*code.params, *code.held.values(), *code.inputs, code._example.y)
+    graph: fx.GraphModule = make_fx(flat, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(
+        *arguments
+    )
+    return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What the outputs of a joint graph are.
+
+    Args:
+        raw: Trainable parameters whose gradients come first.
+        sites: Of each site: its kind, parameter, padding and number of uses; then come all a, then all e.
+        draws: What the forward pass draws.
+    """
+
+    raw: list[int]
+    sites: list[tuple[str, int, int | None, int]]
+    draws: list[Draw]
+
+
+def _joint(code: _Code, forward: fx.GraphModule, uses: dict[int, Use]) -> tuple[fx.GraphModule, _Wanted]:
+    """Return the second pass, and what its outputs are."""
+    raw = [index for index in range(len(code.params)) if index not in uses]
+    draws = draws_of(forward)
+    sizes = [len(code.params), len(code.held), len(draws), len(code.inputs)]
+    sites: list[tuple[str, int, int | None, int]] = []
+
+    def flat(*values: torch.Tensor) -> list[Any]:
+        params, held, drawn, x = _split(values, sizes)
+        params = [value.detach().requires_grad_(index not in uses) for index, value in enumerate(params)]
+        rewriter = Rewriter(forward, uses, params, drawn)
+        total = rewriter.run(*params, *held, *x, values[-1]).sum()
+        taps = rewriter.taps
+        targets = [*(params[index] for index in raw), *(tap.output for tap in taps)]
+        found = _gradients(total, targets)
+        gradients, e = found[: len(raw)], found[len(raw) :]
+        sites.clear()
+        outputs_a: list[Any] = []
+        outputs_e: list[Any] = []
+        for param, use in uses.items():
+            own = [
+                (tap.input.detach(), gradient)
+                for tap, gradient in zip(taps, e, strict=True)
+                if tap.param == param and gradient is not None
+            ]
+            if own:
+                sites.append((use.kind, param, use.padding, len(own)))
+                outputs_a += [a for a, _ in own]
+                outputs_e += [g for _, g in own]
+        return [*gradients, *outputs_a, *outputs_e]
+
+    arguments = (
+        *code.params,
+        *code.held.values(),
+        *(torch.zeros(draw.shape) for draw in draws),
+        *code.inputs,
+        code._example.y,
+    )
+    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    return graph, _Wanted(raw=raw, sites=sites, draws=draws)
+
+
+def _joint_directly(code: _Code) -> tuple[fx.GraphModule, _Wanted]:
+    """Return the second pass of code with a backward pass of its own: every gradient is made."""
+    sizes = [len(code.params), len(code.held), len(code.inputs)]
+
+    def flat(*values: torch.Tensor) -> list[Any]:
+        params, held, x = _split(values, sizes)
+        params = [value.detach().requires_grad_() for value in params]
+        return _gradients(code.losses(params, held, x, values[-1]).sum(), params)
+
+    arguments = (*code.params, *code.held.values(), *code.inputs, code._example.y)
+    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise Untraceable(
+                f"it draws random numbers ({node.target}) beside a backward pass of its own; leave one of them out"
+            )
+    return graph, _Wanted(raw=list(range(len(code.params))), sites=[], draws=[])
+
+
+def _gradients(total: torch.Tensor, targets: Sequence[torch.Tensor]) -> list[Any]:
+    if not total.requires_grad or not targets:
+        return [None] * len(targets)
+    return list(torch.autograd.grad(total, targets, allow_unused=True))
+
+
+def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(values[start : start + size]))
+        start += size
+    return parts
+
+
+@contextmanager
+def _own_backward_passes_refused() -> Iterator[None]:
+    """Raise `_OwnBackward` where code applies an autograd function, whose backward pass the first pass would not see."""
+    original = torch.autograd.Function.__dict__.get("apply")
+
+    def refuse(*_arguments: Any, **_named: Any) -> Any:
+        raise _OwnBackward
+
+    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[assignment, method-assign]  # put back below
+    try:
+        yield
+    finally:
+        if original is None:
+            del torch.autograd.Function.apply
+        else:
+            torch.autograd.Function.apply = original  # type: ignore[method-assign]  # as it was
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:300]
+    looks = ("data-dependent", "DataDependent", "local_scalar_dense", ".item()", "numpy() is not supported", "nonzero")
+    if any(word in f"{type(error).__name__} {error}" for word in looks):
+        return (
+            f"its code looks at the values of a record ({text}); what it computes must not depend on values by Python's own if, "
+            ".item() or .numpy(): use torch.where, or hand in what it looks for (an attention mask)"
+        )
+    return f"its forward and backward pass on a single record raised {type(error).__name__}: {text}"
+
+
+def _program(code: _Code, joint: fx.GraphModule, wanted: _Wanted) -> Program:
+    """Turn a joint graph into plain data, without what does nothing, and with constants computed beforehand."""
+    return _Compiler(code, joint, wanted).program()
+
+
+class _Compiler:
+    def __init__(self, code: _Code, joint: fx.GraphModule, wanted: _Wanted) -> None:
+        joint.graph.eliminate_dead_code()
+        self._joint, self._wanted = joint, wanted
+        self._num_params, num_held = len(code.params), len(code.held)
+        self._num_draws, self._num_inputs = len(wanted.draws), len(code.inputs)
+        nodes = list(joint.graph.nodes)
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        self._constants: dict[fx.Node, torch.Tensor] = {}
+        for node, value in zip(placeholders[self._num_params :], code.held.values(), strict=False):
+            self._constants[node] = value
+        self._inputs = [*placeholders[: self._num_params], *placeholders[self._num_params + num_held :]]
+        self._same: dict[fx.Node, fx.Node] = {}
+        self._nodes: list[fx.Node] = []
+        for node in nodes:
+            self._take(node)
+        (self._output,) = (node for node in nodes if node.op == "output")
+
+    def _of(self, node: fx.Node) -> fx.Node:
+        return self._same.get(node, node)
+
+    def _take(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self._constants[node] = _attribute(self._joint, str(node.target)).detach()
+            return
+        if node.op != "call_function":
+            return
+        if _name(node) in IDENTITIES or _is_same_view(node):
+            self._same[node] = self._of(node.args[0])  # type: ignore[arg-type]  # its argument is a node
+            return
+        sources = [self._of(source) for source in node.all_input_nodes]
+        if all(source in self._constants for source in sources) and _can_fold(node):
+            arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._constants[self._of(source)])
+            self._constants[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]  # an operator
+            return
+        self._nodes.append(node)
+
+    def program(self) -> Program:
+        """Return the program."""
+        used_constants: dict[fx.Node, None] = {}
+        outputs = [None if node is None else self._of(node) for node in self._output.args[0]]
+        for node in [*self._nodes]:
+            for source in node.all_input_nodes:
+                if self._of(source) in self._constants:
+                    used_constants[self._of(source)] = None
+        for output in outputs:
+            if output is not None and output in self._constants:
+                used_constants[output] = None
+        constants = list(used_constants)
+        order = [*self._inputs[: self._num_params], *constants, *self._inputs[self._num_params :]]
+        index = {node: number for number, node in enumerate(order)}
+        specs = {number: _spec(node) or _spec_of(self._constants[node]) for node, number in index.items()}
+        instructions = []
+        for node in self._nodes:
+            index[node] = len(index)
+            spec = _spec(node)
+            arguments = _plain((node.args, node.kwargs), lambda source: Value(index[self._of(source)]))
+            instructions.append(
+                Instruction(
+                    op=_name(node), args=tuple(arguments[0]), kwargs=dict(arguments[1]), out=index[node], spec=spec
+                )
+            )
+            if spec is not None:
+                specs[index[node]] = spec
+        gradients: list[int | None] = [None] * self._num_params
+        raw = len(self._wanted.raw)
+        for param, output in zip(self._wanted.raw, outputs[:raw], strict=True):
+            gradients[param] = None if output is None else index[output]
+        rest = [index[output] for output in outputs[raw:] if output is not None]
+        a, e, sites, start = rest[: len(rest) // 2], rest[len(rest) // 2 :], [], 0
+        for kind, param, padding, number in self._wanted.sites:
+            part = slice(start, start + number)
+            sites.append(
+                Site(kind=kind, param=param, inputs=tuple(a[part]), gradients=tuple(e[part]), padding=padding)  # type: ignore[arg-type]  # one of three
+            )
+            start += number
+        return Program(
+            params=tuple(tuple(_spec(node).shape) for node in self._inputs[: self._num_params]),  # type: ignore[union-attr]  # a tensor
+            constants=tuple(self._constants[node].clone() for node in constants),
+            draws=tuple(self._wanted.draws),
+            num_inputs=self._num_inputs,
+            instructions=tuple(instructions),
+            gradients=tuple(gradients),
+            sites=tuple(sites),
+            specs=specs,
+        )
+
+
+def _name(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return "getitem"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    raise Untraceable(f"it calls {node.target}, which is no operation on tensors")
+
+
+def _is_same_view(node: fx.Node) -> bool:
+    """Tell whether a node gives its input back as it is."""
+    if _name(node) not in (
+        "aten.view.default",
+        "aten.expand.default",
+        "aten.reshape.default",
+        "aten._unsafe_view.default",
+    ):
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and _spec(source) == _spec(node)
+
+
+def _can_fold(node: fx.Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        raise Untraceable(
+            f"it draws random numbers by {target}, which is not supported; use Dropout, torch.rand or torch.randn"
+        )
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.numel() <= _LARGEST_FOLDED
+
+
+def _spec(node: fx.Node) -> Spec | None:
+    value = node.meta.get("val")
+    return _spec_of(value) if isinstance(value, torch.Tensor) else None
+
+
+def _spec_of(value: torch.Tensor) -> Spec:
+    return Spec(shape=tuple(int(size) for size in value.shape), dtype=value.dtype)
+
+
+def _plain(arguments: Any, new: Callable[[fx.Node], Any]) -> Any:
+    """Return arguments as tuples, lists and dicts, with nodes replaced."""
+    if isinstance(arguments, fx.Node):
+        return new(arguments)
+    if isinstance(arguments, tuple | list):
+        return [_plain(item, new) for item in arguments]
+    if isinstance(arguments, dict):
+        return {key: _plain(item, new) for key, item in arguments.items()}
+    return arguments
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for word in path.split("."):
+        found = getattr(found, word)
+    return found
