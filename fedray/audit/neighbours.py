@@ -51,7 +51,7 @@ class Substitute:
 
     Args:
         record: One record.
-        overflows: Whether its values are so large that gradients may be infinite or NaN; the user's code may refuse it.
+        overflows: Whether its values are so large that gradients may be infinite or NaN.
     """
 
     record: Shard
