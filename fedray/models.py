@@ -178,7 +178,7 @@ def check(model: nn.Module, x: Inputs, y: torch.Tensor, loss: Loss | None) -> in
             model.eval()  # it draws (functional dropout): without its draws, what is left is coupling
             together, _ = _leaf_outputs(model, x)
         alone = [_leaf_outputs(model, taken(x, slice(record, record + 1)))[0] for record in range(3)]
-    except Exception as error:  # the user's forward may raise anything
+    except (Exception, SystemExit) as error:  # the user's forward may raise anything
         raise InputError(
             f"--model: the forward pass on records of shape {_shape_of(x)} raised {type(error).__name__}: {error}; "
             f"the model must accept a batch of the data's records{_how_called(x)}."
@@ -292,7 +292,7 @@ def _check_outputs(outputs: torch.Tensor, y: torch.Tensor, loss: Loss | None) ->
             )
         try:
             values = loss(outputs, y)
-        except Exception as error:  # the user's loss may raise anything
+        except (Exception, SystemExit) as error:  # the user's loss may raise anything
             raise InputError(
                 f"loss raised {type(error).__name__}: {error}; it must map (output, target) to [n]."
             ) from error

@@ -169,7 +169,8 @@ class Plan:
 def _digest(tensors: Iterable[torch.Tensor], names: Sequence[str] = ()) -> str:
     found = hashlib.sha256("".join(names).encode())
     for tensor in tensors:
-        values = tensor.detach().cpu().contiguous()
+        # contiguous() would leave expanded dimensions of size 1, whose bytes cannot be viewed
+        values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         found.update(f"{values.dtype}{tuple(values.shape)}".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -309,6 +310,10 @@ def _engine(
         program = traced(isolation, model, training.loss, _few(federation))
     except Untraceable as untraceable:
         raise InputError(f"--model: {untraceable}.") from untraceable
+    except SystemExit as left:  # it ran well when no gradient was asked for, and leaves the program now
+        raise InputError(
+            "--model: its forward pass on a single record, with gradients, raised SystemExit; it must return an output."
+        ) from left
     return ("opacus" if asked == "opacus" else isolation), program
 
 

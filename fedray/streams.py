@@ -135,9 +135,9 @@ class Stream:
     def __init__(self, key: bytes) -> None:
         self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
-    def seek(self, step: int, block: int = 0) -> None:
-        """Go to a block of the keystream of a step (at most 2^64 blocks of 16 bytes each)."""
-        self._encryptor.reset_nonce(_nonce(step, block))
+    def seek(self, step: int) -> None:
+        """Go to the start of the keystream of a step (at most 2^64 blocks of 16 bytes each)."""
+        self._encryptor.reset_nonce(_nonce(step))
 
     def fill_bytes(self, out: npt.NDArray[np.uint8]) -> None:
         """Overwrite `out` with the next keystream bytes."""
@@ -251,8 +251,8 @@ def _fill_block(encryptors: Sequence[CipherContext], out: torch.Tensor, std: flo
     sine.mul_(radius)
 
 
-def _nonce(step: int, block: int = 0) -> bytes:
-    return step.to_bytes(8, "big") + block.to_bytes(8, "big")
+def _nonce(step: int) -> bytes:
+    return step.to_bytes(8, "big") + bytes(8)
 
 
 class _Work(NamedTuple):

@@ -92,7 +92,8 @@ def _described(value: Any, seen: dict[int, Any]) -> Any:  # noqa: PLR0911 - one 
     return _named(value, seen)
 
 
-def _is_library(name: str) -> bool:
+def is_library(name: str) -> bool:
+    """Tell whether a module is a library, whose version says what it does."""
     return name.partition(".")[0] in _LIBRARIES
 
 
@@ -111,7 +112,7 @@ def _named(value: Any, seen: dict[int, Any]) -> Any:
     kind = value if hasattr(value, "__name__") else type(value)
     name = f"{getattr(kind, '__module__', None)}.{getattr(kind, '__qualname__', kind.__name__)}"
     own: list[Any] = [] if kind is value else [_plain(vars(value) if hasattr(value, "__dict__") else {}, seen)]
-    if _is_library(name):
+    if is_library(name):
         return [name, own]
     if isinstance(kind, types.FunctionType):
         cells = tuple(cell.cell_contents for cell in kind.__closure__ or () if cell != types.CellType())
@@ -119,7 +120,7 @@ def _named(value: Any, seen: dict[int, Any]) -> Any:
         namespaces = [kind.__globals__]
         for names in namespaces:  # grows: what is named through modules of the user's own counts as well
             found = [names[word] for word in kind.__code__.co_names if word in names]
-            inner = [vars(f) for f in found if isinstance(f, types.ModuleType) and not _is_library(f.__name__)]
+            inner = [vars(f) for f in found if isinstance(f, types.ModuleType) and not is_library(f.__name__)]
             namespaces += [one for one in inner if not any(one is known for known in namespaces)]
             named += found
         parts = (kind.__code__, kind.__defaults__, kind.__kwdefaults__, cells, tuple(named))
@@ -131,7 +132,7 @@ def _named(value: Any, seen: dict[int, Any]) -> Any:
 
 def _members(kind: type, seen: dict[int, Any]) -> Any:
     """Describe the functions and plain values of a user's class."""
-    if _is_library(kind.__module__):
+    if is_library(kind.__module__):
         return kind.__qualname__
     found = {word: getattr(item, "__func__", getattr(item, "fget", item)) for word, item in vars(kind).items()}
     return _plain({w: f for w, f in found.items() if isinstance(f, types.FunctionType) or not w.startswith("__")}, seen)

@@ -291,17 +291,28 @@ MODELS = {
     "model_cannot_be_copied": model(
         module("return self.a(x)", "self.a = nn.Linear(16, 4); self.lock = threading.Lock()"), "", "cannot be copied", "lock"
     ),
-    "model_record_gradients_fail": model(
-        module(
-            "return self.o(self.a(x.view(-1, 4, 4))[0][:, 0])", "self.a = nn.LSTM(4, 4, batch_first=True); "
-            "self.o = nn.Linear(4, 4)"
-        ),
+    "model_raises_when_it_trains": model(
+        module("if torch.is_grad_enabled(): raise ValueError('broke')\n        return self.a(x)"),
         "",
-        "record by record",
-        "--fix-model",
+        "on a single record",
+        "ValueError: broke",
     ),
-    "model_parameter_bypasses_layer": model(
-        module("return F.linear(x, self.a.weight, self.a.bias)"), "", "parameter a.weight", "call the layer itself"
+    "model_leaves": model(module("raise SystemExit(0)"), "", "forward pass", "SystemExit", "must accept"),
+    "model_leaves_when_it_trains": model(
+        module("if torch.is_grad_enabled(): raise SystemExit(0)\n        return self.a(x)"),
+        "",
+        "on a single record",
+        "SystemExit",
+        "must return",
+    ),
+    "model_looks_at_values": model(
+        module("return self.a(torch.from_numpy(x.numpy()))"), "", "looks at the values of a record", "use torch.where"
+    ),
+    "model_of_unproven_parts_for_opacus": model(
+        module("return F.linear(x, self.a.weight, self.a.bias)"), "--engine opacus", "--engine is opacus", "--engine auto"
+    ),
+    "model_of_unproven_parts_as_sequence": model(
+        module("return self.a(x)"), "--engine sequence", "--engine is sequence", "(M)", "--engine auto"
     ),
     "model_fix_not_enough": model(
         "return nn.Sequential(nn.Linear(17, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))", "--fix-model", "forward pass"

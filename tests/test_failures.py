@@ -16,27 +16,51 @@ from tests.zygote import python
 
 FAILS_IN_ROUND_3 = """
 import os, pathlib, time
-import torch
+import numpy as np
 from torch import nn
 
 HERE = pathlib.Path(__file__).parent
 
-class Sensor(nn.Module):
+def work(where):
+    ledger = HERE / "run" / "ledger.jsonl"  # a round is charged before it begins
+    if where in {where} and ledger.exists() and len(ledger.read_text().splitlines()) == 3:
+        building = HERE / f".{{os.getpid()}}"  # two actors fail at once, and may be killed while they write
+        building.write_text(str(time.time()))
+        building.replace(HERE / f"failed_at-{{os.getpid()}}")
+        raise ValueError("the sensor broke")
+
+class Sensor(nn.Module):  # runs in the driver alone: it is traced there, and scored
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(16, 4)
     def forward(self, x):
-        ledger = HERE / "run" / "ledger.jsonl"  # a round is charged before it begins
-        if {where} and ledger.exists() and len(ledger.read_text().splitlines()) == 3:
-            building = HERE / f".{{os.getpid()}}"  # two actors fail at once, and may be killed while they write
-            building.write_text(str(time.time()))
-            building.replace(HERE / f"failed_at-{{os.getpid()}}")
-            raise ValueError("the sensor broke")
+        work("scoring")
         return self.layer(x)
+
+def records(number):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(number, 16)).astype(np.float32), rng.integers(0, 4, number)
+
+class Shards:  # too large to be kept: each round loads them
+    def __init__(self, gateways):
+        self.gateways = gateways
+    def __len__(self):
+        return self.gateways
+    def __getitem__(self, index):
+        work("loading")
+        return records(4000)
 
 def make():
     return Sensor()
+
+def data(gateways):
+    return Shards(gateways), records(64)
 """
+# With so little memory, a shard is kept alone and gateways are trained one after the other.
+MINE = [
+    *("--dataset", "mine:data", "--samples-per-gateway", "4000", "--batch-size", "3000", "--memory-limit", "1"),
+    *("--gateways", "4", "--local-steps", "2"),
+]
 ENDLESS = [*("--gateways", "2", "--rounds", "100000", "--samples-per-gateway", "64", "--local-steps", "1")]
 
 
@@ -44,13 +68,10 @@ POOLS = pytest.mark.parametrize("pool", ["inline", pytest.param("ray", marks=pyt
 
 
 @POOLS
-def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where="torch.is_grad_enabled()"))  # in gateways
+def test_main_ends_with_1_when_the_users_data_raise(pool: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where=["loading"]))
     done = subprocess.run(
-        [
-            *(*python("fedray"), "--model", "mine:make", "--gateways", "4", "--out", "run", "--pool", pool),
-            *("--samples-per-gateway", "64", "--local-steps", "2"),
-        ],
+        [*python("fedray"), *MINE, "--out", "run", "--pool", pool],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -63,7 +84,8 @@ def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path)
     assert ended - min(failed_at) < 10
     said = [line for line in done.stderr.splitlines() if line.startswith("error: gateway")]
     assert len(said) == 1, done.stderr
-    assert "failed in round 3: ValueError: the sensor broke" in said[0]
+    assert "failed in round 3: shard of gateway " in said[0]
+    assert "(ValueError: the sensor broke)" in said[0]
     assert done.stderr.count("Traceback (most recent call last)") == 1
     assert done.stderr.count('raise ValueError("the sensor broke")') == 1
     assert "RayTaskError" not in done.stderr
@@ -77,10 +99,9 @@ def test_main_ends_with_1_when_the_users_model_raises(pool: str, tmp_path: Path)
 @POOLS
 def test_main_ends_with_1_when_the_users_model_cannot_be_scored(pool: str, tmp_path: Path) -> None:
     """In the driver, while actors fail as well: one sentence and one traceback, and none of Ray's."""
-    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where="True"))
-    flags = ["--model", "mine:make", "--gateways", "4", "--samples-per-gateway", "64", "--local-steps", "2"]
+    (tmp_path / "mine.py").write_text(FAILS_IN_ROUND_3.format(where=["loading", "scoring"]))
     done = subprocess.run(
-        [*python("fedray"), *flags, "--pool", pool, "--out", "run"],
+        [*python("fedray"), *MINE, "--model", "mine:make", "--pool", pool, "--out", "run"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -98,31 +119,39 @@ def test_main_ends_with_1_when_the_users_model_cannot_be_scored(pool: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("module", "where", "said"),
+    ("module", "where", "flags", "said"),
     [
-        ("leaves_training", "torch.is_grad_enabled()", "failed in round 3: SystemExit: 0"),
+        (
+            "leaves_loading",
+            "loading",
+            [],
+            "error: gateway 0 failed in round 3: shard of gateway 0 cannot be loaded (SystemExit: 0)",
+        ),
         (
             "leaves_scoring",
-            "not torch.is_grad_enabled()",
+            "scoring",
+            ["--model", "leaves_scoring:make"],
             "error: scoring round 2 on the held-out data failed: SystemExit: 0",
         ),
     ],
+    ids=["loading", "scoring"],
 )
-def test_main_ends_with_1_when_the_users_model_leaves_the_program(
+def test_main_ends_with_1_when_the_users_code_leaves_the_program(
     module: str,
     where: str,
+    flags: list[str],
     said: str,
     outdir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With what would be exit code 0: while it trains, and while it is scored."""
-    leaves = FAILS_IN_ROUND_3.replace('raise ValueError("the sensor broke")', "raise SystemExit(0)").format(where=where)
-    (tmp_path / f"{module}.py").write_text(leaves)
+    """With what would be exit code 0: data while a gateway trains, and a model while it is scored."""
+    leaves = FAILS_IN_ROUND_3.replace('raise ValueError("the sensor broke")', "raise SystemExit(0)")
+    (tmp_path / f"{module}.py").write_text(leaves.format(where=[where]))
     monkeypatch.chdir(tmp_path)
-    argv = ["--pool", "inline", "--model", f"{module}:make", "--gateways", "2", "--samples-per-gateway", "64"]
-    assert main([*argv, "--local-steps", "2", "--out", str(outdir)]) == 1
+    mine = [argument.replace("mine", module) for argument in MINE]
+    assert main([*mine, *flags, "--pool", "inline", "--out", str(outdir)]) == 1
     assert said in capsys.readouterr().err
 
 

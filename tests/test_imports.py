@@ -34,10 +34,15 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.machines",),
     ("pool.pool", "pool.placement", "pool.connection"),
     ("pool.worker",),
-    ("training.reference", "training.stacked"),
-    ("training.stacking", "training.row_optimizers", "training.draws"),
-    ("training.chain",),
-    ("training.layers", "training.trainer"),
+    ("training.engines",),
+    ("training.reference", "training.stacked", "training.alone", "training.tracing"),
+    ("training.held_state",),
+    ("training.record_gradients", "training.rewriting"),
+    ("training.stacking", "training.row_optimizers", "training.draws", "training.recurrence", "training.record_draws"),
+    ("training.chain", "training.batching", "training.parameter_uses"),
+    ("training.layers", "training.trainer", "training.gateway_rules"),
+    ("training.batching_rules", "training.record_parts"),
+    ("training.program",),
     ("privacy",),
     ("evaluation", "aggregation"),
     ("data.source",),
@@ -157,13 +162,9 @@ def test_import_training_does_without_ray() -> None:
     assert "ray" not in _loaded_by("fedray.training.reference")
 
 
-def test_training_by_autograd_does_without_sympy(outdir: Path) -> None:
-    """Autograd imports it when it is asked for the gradient of several values: a third of a second in every actor."""
-    options = ["--dataset", "digits", "--model", "cnn", "--pool", "inline", "--gateways", "2", "--rounds", "1"]
-    options += ["--local-steps", "1", "--quiet", "--out", str(outdir)]
-    loaded = _loaded_by("fedray.cli", after=f"fedray.cli.main({options})")
-    assert "torch" in loaded
-    assert "sympy" not in loaded
+def test_what_trains_does_without_sympy() -> None:
+    """Programs are traced in the driver; an actor would spend a second on the import."""
+    assert not {"sympy", "opacus", "ray"} & _loaded_by("fedray.training.engines")
 
 
 def test_import_fedray_does_without_torch() -> None:

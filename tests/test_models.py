@@ -95,18 +95,11 @@ def test_check_accepts(name: str) -> None:
         assert models.check(GOOD[name](), X, Y, None) == 3
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_check_record_gradients_accepts(name: str) -> None:
-    with forked_global_rng(1):
-        models.check_record_gradients(GOOD[name](), X, Y, models.cross_entropy)
-
-
 def test_check_leaves_the_model_unchanged() -> None:
     model = GOOD["dropout"]()
     before = copy.deepcopy(model.state_dict())
     with forked_global_rng(1):
         models.check(model, X, Y, None)
-        models.check_record_gradients(model, X, Y, models.cross_entropy)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
@@ -206,14 +199,6 @@ def test_check_refuses_a_loss_that_couples_records() -> None:
 
     with pytest.raises(InputError, match="loss of a record depends on the other records"):
         models.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), loss)
-
-
-def test_check_record_gradients_refuses_rows_that_pose_as_records() -> None:
-    model = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.Linear(4, 2), torch.nn.Unflatten(0, (-1, 5)), Mean())
-    x, y = torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64)
-    models.check(model, x, y, None)
-    with pytest.raises(InputError, match=r"parameter 1\.weight are not one a record.*keep the batch first"):
-        models.check_record_gradients(model, x, y, models.cross_entropy)
 
 
 def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from fedray.aggregation import GroupResult, weighted_sum
 from fedray.data.inputs import InputArrays, arrays, leaf_names, leaves
-from fedray.data.shards import RecordRules, ShardCache, Shards
+from fedray.data.shards import RecordRules, Shard, ShardCache, Shards
 from fedray.errors import GatewayError, InputError
 from fedray.params import Layout
 from fedray.privacy.clipping import clip_rows
@@ -78,6 +78,24 @@ def memory_share(device: torch.device, sharing: int) -> int:
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // (2 * sharing)
+
+
+@dataclass(frozen=True)
+class _RoundShards:
+    """Shards as a round loads them: a failure is the gateway's, and names the round.
+
+    A shard that was fine before the first round may be none any more when it is loaded again.
+    """
+
+    cache: ShardCache
+    round_index: int
+
+    def __getitem__(self, gateway: int) -> Shard:
+        try:
+            return self.cache[gateway]
+        except (InputError, GatewayError) as error:
+            details = error.details if isinstance(error, GatewayError) else ""
+            raise GatewayError(f"gateway {gateway} failed in round {self.round_index}: {error}", details) from error
 
 
 class Worker:
@@ -174,7 +192,7 @@ class Worker:
         """
         rows: _Rows | None = None
         try:
-            rows = self._trainer.train(keys, params, gateways, self._shards)
+            rows = self._trainer.train(keys, params, gateways, _RoundShards(self._shards, keys.round_index))
         except GatewayError:
             if len(gateways) == 1 and not self._setup.drop_failures:
                 raise
@@ -195,9 +213,10 @@ class Worker:
 
     def _one_by_one(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> _Rows:
         rows: list[npt.NDArray[np.float32] | GatewayError] = []
+        shards = _RoundShards(self._shards, keys.round_index)
         for gateway in gateways:
             try:
-                rows.append(self._trainer.train(keys, params, [gateway], self._shards)[0])
+                rows.append(self._trainer.train(keys, params, [gateway], shards)[0])
             except GatewayError as error:
                 if not self._setup.drop_failures:
                     raise

@@ -1,138 +1,185 @@
 """A program for one record as a function of many: operation by operation, each by a rule that keeps records apart.
 
-A value that depends on the record gets a dimension in front, of as many records as there are; what depends on parameters
-and constants alone stays as it is. Each rule says how its operation runs with that dimension; an operation without a rule
-is mapped over it by torch.vmap. That rules keep records apart is tested for each of them against torch.vmap.
+A value that depends on the record gets a dimension in front, of as many records as there are (n); one that depends on a
+gateway's parameters alone gets a dimension of gateways (m); what depends on constants stays as it is. Records lie gateway
+after gateway, b each, so n = m·b. Each rule says how its operation runs with that dimension; an operation without a rule is
+mapped over it by torch.vmap. That rules keep records apart is tested for each of them against torch.vmap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
-from fedray.training.batching_rules import RULES, Call
+from fedray.training.batching_rules import RULES, Call, written
+from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, each_input_gradient
 from fedray.training.program import Instruction, Program, Value, operator, replaced, values_in
 
 Run = Callable[..., tuple[Any, ...]]
+Params = Literal["shared", "gateways", "records"]
 
 
 class Batched:
     """A program that runs on any number of records at once.
 
+    `run(params, constants, draws, inputs, target, n, m, b)` returns the values `wanted`. `most_values` is how many values a
+    record holds at once, at most.
+
     Args:
         program: For one record.
-        own_params: Whether each record has parameters of its own, `[n, …]`.
+        params: Whether parameters are the same for all records, or have a dimension of gateways or of records in front.
     """
 
-    def __init__(self, program: Program, own_params: bool = False) -> None:
+    def __init__(self, program: Program, params: Params = "shared") -> None:
         self.program = program
         self.wanted = program.wanted()
         self.mapped: list[str] = []  # operations without a rule
-        self._bindings: dict[str, Any] = {"torch": torch, "mapped": _mapped}
-        self.batched = {*range(program.first_draw, program.num_values)}
-        if own_params:
-            self.batched |= {*range(len(program.params))}
-        lines = self._lines()
-        source = "def run(params, constants, draws, inputs, target, n):\n" + "".join(f"    {line}\n" for line in lines)
+        self.of_records = {*range(program.first_draw, program.num_values)}
+        self.of_gateways: set[int] = set()
+        own = range(len(program.params))
+        self.of_records.update(own if params == "records" else ())
+        self.of_gateways.update(own if params == "gateways" else ())
+        self._names: dict[str, Any] = {
+            "torch": torch,
+            "mapped": _mapped,
+            "each_convolution": each_convolution,
+            "each_input_gradient": each_input_gradient,
+        }
+        source = "def run(params, constants, draws, inputs, target, n, m, b):\n" + "".join(
+            f"    {line}\n" for line in self._lines()
+        )
+        exec(compile(source, "<batched program>", "exec"), self._names)
         self.source = source
-        exec(compile(source, "<batched program>", "exec"), self._bindings)
-        self.run: Run = self._bindings["run"]
+        self.run: Run = self._names["run"]
 
-    def is_batched(self, index: int) -> bool:
-        """Tell whether a value has the records' dimension in front."""
-        return index in self.batched
+    def expanded(self, values: Mapping[int, torch.Tensor], index: int, m: int, b: int) -> torch.Tensor:
+        """Return a value with the records' dimension in front, repeated where it has none: `[n, …]`."""
+        value = values[index]
+        if index in self.of_records:
+            return value
+        if index in self.of_gateways:
+            return value.unsqueeze(1).expand(m, b, *value.shape[1:]).flatten(0, 1)
+        return value.expand(m * b, *value.shape)
 
     def _lines(self) -> list[str]:
         program = self.program
-        names = {index: f"v{index}" for index in range(program.num_values + len(program.instructions))}
         last: dict[int, int] = {}
         for position, instruction in enumerate(program.instructions):
             for index in values_in((instruction.args, instruction.kwargs)):
                 last[index] = position
         kept = set(self.wanted)
-        used = {*last, *kept}
         lines = []
+        held, self.most_values = 0, 0
         for where, first, number in (
             ("params", 0, len(program.params)),
             ("constants", program.first_constant, len(program.constants)),
             ("draws", program.first_draw, len(program.draws)),
             ("inputs", program.first_input, program.num_inputs),
         ):
-            lines += [f"v{first + i} = {where}[{i}]" for i in range(number) if first + i in used]
+            lines += [f"v{first + i} = {where}[{i}]" for i in range(number) if first + i in {*last, *kept}]
         lines.append(f"v{program.num_values - 1} = target")
         for position, instruction in enumerate(program.instructions):
             lines.append(f"v{instruction.out} = {self._expression(instruction)}")
+            held += self._size(instruction.out)
+            self.most_values = max(self.most_values, held)
             done = [i for i, end in last.items() if end == position and i not in kept and i >= program.num_values]
+            held -= sum(map(self._size, done))
             if done:
-                lines.append(" = ".join(names[index] for index in sorted(done)) + " = None")
+                lines.append("".join(f"v{index} = " for index in sorted(done)) + "None")
         lines.append("return (" + "".join(f"v{index}, " for index in self.wanted) + ")")
         return lines
 
+    def _size(self, index: int) -> int:
+        """Return how many values of one record an instruction's result holds; views count as if they were copies."""
+        spec = self.program.specs.get(index)
+        return math.prod(spec.shape) if spec is not None and index in self.of_records else 0
+
     def _expression(self, instruction: Instruction) -> str:
-        sources = [*values_in((instruction.args, instruction.kwargs))]
-        if not any(index in self.batched for index in sources):
-            if instruction.op == "getitem":
-                return f"v{sources[0]}[{instruction.args[1]}]"
-            return f"{self._bound(instruction.op)}({_written(instruction.args, instruction.kwargs)})"
-        self.batched.add(instruction.out)
+        sources = {*values_in((instruction.args, instruction.kwargs))}
+        records, gateways = sources & self.of_records, sources & self.of_gateways
+        if records:
+            self.of_records.add(instruction.out)
+        elif gateways:
+            self.of_gateways.add(instruction.out)
         if instruction.op == "getitem":
-            return f"v{sources[0]}[{instruction.args[1]}]"
-        call = Call(instruction, self.batched, self.program.specs, self._bound)
-        rule = RULES.get(instruction.op)
-        found = rule(call) if rule is not None else None
-        if found is None and torch.Tag.pointwise in operator(instruction.op).tags:
-            found = call.pointwise()
-        if found is None:
-            self.mapped.append(instruction.op)
-            dims = replaced((instruction.args, instruction.kwargs), lambda index: _Dim(index in self.batched))
-            name = f"dims{instruction.out}"
-            self._bindings[name] = dims
-            args = _written((list(instruction.args), dict(instruction.kwargs)), {})
-            found = f"mapped({self._bound(instruction.op)}, {name}, {args})"
-        return found
+            return f"{written(instruction.args[0])}[{instruction.args[1]}]"
+        if not records and not gateways:
+            if instruction.op in ("aten.view.default", "aten._unsafe_view.default"):  # copies before it were dropped
+                return f"{written(instruction.args[0])}.reshape({written(instruction.args[1])})"
+            arguments = [written(one) for one in instruction.args]
+            arguments += [f"{name}={written(value)}" for name, value in instruction.kwargs.items()]
+            return f"{self._bound(instruction.op)}({', '.join(arguments)})"
+        found = self._by_rule(instruction, bool(records), bool(gateways))
+        return self._by_vmap(instruction) if found is None else found
+
+    def _by_rule(self, instruction: Instruction, records: bool, gateways: bool) -> str | None:
+        specs, pointwise = self.program.specs, torch.Tag.pointwise in operator(instruction.op).tags
+        if records and gateways:
+            mixed = MixedCall(instruction, self.of_records, self.of_gateways, specs, self._bound)
+            rule = MIXED.get(instruction.op)
+            return rule(mixed) if rule is not None else mixed.pointwise() if pointwise else None
+        batched, n = (self.of_records, "n") if records else (self.of_gateways, "m")
+        call = Call(instruction, batched, specs, self._bound, n)
+        found = RULES[instruction.op](call) if instruction.op in RULES else None
+        return call.pointwise() if found is None and pointwise else found
+
+    def _by_vmap(self, instruction: Instruction) -> str:
+        self.mapped.append(instruction.op)
+
+        def mark(index: int) -> _Place:
+            return _Place("n" if index in self.of_records else "m" if index in self.of_gateways else "")
+
+        name = f"places{instruction.out}"
+        self._names[name] = replaced((list(instruction.args), dict(instruction.kwargs)), mark)
+        args = f"{written(list(instruction.args))}, {written(dict(instruction.kwargs))}"
+        return f"mapped({self._bound(instruction.op)}, {name}, {args}, m, b)"
 
     def _bound(self, op: str) -> str:
         name = op.replace(".", "_")
-        if name not in self._bindings:
-            self._bindings[name] = operator(op)._op  # the overload itself: a Python call less
+        if name not in self._names:
+            self._names[name] = operator(op)._op  # the overload itself: a Python call less
         return name
 
 
-class _Dim:
-    """Marks where a mapped operation's arguments have records in front."""
+class _Place:
+    """Marks where a mapped operation's arguments have a dimension in front: "n", "m" or none."""
 
-    def __init__(self, batched: bool) -> None:
-        self.batched = batched
+    def __init__(self, dimension: str) -> None:
+        self.dimension = dimension
 
 
-def _mapped(op: Callable[..., Any], dims: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on each record by torch.vmap."""
+def _mapped(op: Callable[..., Any], places: Any, args: Sequence[Any], kwargs: Mapping[str, Any], m: int, b: int) -> Any:
+    """Run an operation on each record, or on each gateway's values, by torch.vmap."""
     tensors: list[Any] = []
-    in_dims: list[int | None] = []
+    dimensions: list[str] = []
 
-    def collect(mark: Any, value: Any) -> Any:
-        if isinstance(mark, _Dim):
+    def collect(place: Any, value: Any) -> Any:
+        if isinstance(place, _Place):
             tensors.append(value)
-            in_dims.append(0 if mark.batched else None)
+            dimensions.append(place.dimension)
             return Value(len(tensors) - 1)
-        if isinstance(mark, tuple | list):
-            return [collect(one, item) for one, item in zip(mark, value, strict=True)]
-        if isinstance(mark, dict):
-            return {key: collect(one, value[key]) for key, one in mark.items()}
+        if isinstance(place, tuple | list):
+            return [collect(one, item) for one, item in zip(place, value, strict=True)]
+        if isinstance(place, dict):
+            return {key: collect(one, value[key]) for key, one in place.items()}
         return value
 
-    args, kwargs = collect(list(dims), [args, kwargs])
+    args, kwargs = collect(list(places), [list(args), dict(kwargs)])
 
     def one(*own: Any) -> Any:
         return op(*replaced(args, lambda index: own[index]), **replaced(kwargs, lambda index: own[index]))
 
-    return torch.vmap(one, in_dims=tuple(in_dims))(*tensors)
-
-
-def _written(args: Any, kwargs: Any) -> str:
-    from fedray.training.batching_rules import written
-
-    parts = [written(argument) for argument in args] + [f"{key}={written(value)}" for key, value in kwargs.items()]
-    return ", ".join(parts)
+    if not {"n", "m"} <= set(dimensions):
+        return torch.vmap(one, in_dims=tuple(0 if dimension else None for dimension in dimensions))(*tensors)
+    split = [
+        tensor.reshape(m, b, *tensor.shape[1:]) if dimension == "n" else tensor
+        for tensor, dimension in zip(tensors, dimensions, strict=True)
+    ]
+    inner = torch.vmap(one, in_dims=tuple(0 if dimension == "n" else None for dimension in dimensions))
+    found = torch.vmap(inner, in_dims=tuple(0 if dimension else None for dimension in dimensions))(*split)
+    if isinstance(found, torch.Tensor):
+        return found.flatten(0, 1)
+    return tuple(part.flatten(0, 1) for part in found)

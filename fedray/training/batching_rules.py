@@ -41,11 +41,18 @@ class Call:
         batched: Values with the records' dimension in front.
         specs: Of single values.
         bound: Gives an operator's name in the source.
+        n: The name of the number of records in the source.
     """
 
     def __init__(
-        self, instruction: Instruction, batched: set[int], specs: Mapping[int, Spec], bound: Callable[[str], str]
+        self,
+        instruction: Instruction,
+        batched: set[int],
+        specs: Mapping[int, Spec],
+        bound: Callable[[str], str],
+        n: str = "n",
     ) -> None:
+        self.n = n
         self.op, self.args, self.kwargs, self.spec = (
             instruction.op,
             instruction.args,
@@ -83,7 +90,7 @@ class Call:
         if self.is_batched(argument):
             return written(argument)
         shape = "".join(f", {size}" for size in self.of(argument).shape)
-        return f"{written(argument)}.expand(n{shape})"
+        return f"{written(argument)}.expand({self.n}{shape})"
 
     def aligned(self, argument: Any, rank: int) -> str:
         """Return an argument so that it broadcasts against results of that many dimensions, records in front."""
@@ -93,7 +100,7 @@ class Call:
         if not self.is_batched(argument) or len(spec.shape) == rank:
             return written(argument)
         sizes = ", ".join(map(str, [1] * (rank - len(spec.shape)) + list(spec.shape)))
-        return f"{written(argument)}.reshape(n, {sizes})"
+        return f"{written(argument)}.reshape({self.n}, {sizes})"
 
     def pointwise(self) -> str | None:
         """Return a call that works value by value."""
@@ -125,12 +132,12 @@ def _later(dim: int) -> int:
 
 def _reshape(call: Call) -> str | None:
     sizes = "".join(f", {size}" for size in call.shape)
-    return f"{written(call.args[0])}.reshape(n{sizes})"
+    return f"{written(call.args[0])}.reshape({call.n}{sizes})"
 
 
 def _expand(call: Call) -> str | None:
     sizes = "".join(f", {size}" for size in call.shape)
-    return f"{call.aligned(call.args[0], len(call.shape))}.expand(n{sizes})"
+    return f"{call.aligned(call.args[0], len(call.shape))}.expand({call.n}{sizes})"
 
 
 def _dims(*positions: int) -> Rule:
@@ -153,20 +160,23 @@ def _dims(*positions: int) -> Rule:
 
 
 def _reduction(call: Call) -> str | None:
-    """Reductions over the dimensions in args[1]; all of them when it is missing or empty."""
+    """Reductions over the dimensions in args[1]; all of them when there is none."""
     rank = call.rank()
-    dims = call.args[1] if len(call.args) > 1 else None
+    dims = call.args[1]
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         dims = list(range(-rank, 0))
     dims = [dims] if isinstance(dims, int) else dims
     if rank == 0:
         return None
+    sums = ("aten.sum.dim_IntList", "aten.mean.dim", "aten.amax.default", "aten.amin.default")
+    if call.op in sums and not call.kwargs and all(call.of(call.args[0]).shape[dim] == 1 for dim in dims):
+        return _reshape(call)
     return call.direct(call.args[0], [_later(dim) for dim in dims], *call.args[2:], **call.kwargs)
 
 
 def _one_dim(call: Call) -> str | None:
     """Reductions over one dimension, given as a number; without one they are left to vmap."""
-    if len(call.args) < 2 or not isinstance(call.args[1], int) or call.rank() == 0:
+    if not isinstance(call.args[1], int) or call.rank() == 0:
         return None
     return call.direct(call.args[0], _later(call.args[1]), *call.args[2:], **call.kwargs)
 
@@ -198,13 +208,13 @@ def _turn(call: Call) -> str | None:
 
 def _joined(call: Call) -> str | None:
     parts = "[" + ", ".join(call.many(part) for part in call.args[0]) + "]"
-    return call.direct(parts, _later(call.args[1] if len(call.args) > 1 else 0))
+    return call.direct(parts, _later(call.args[1]))
 
 
 def _sized(call: Call) -> str | None:
     """Backward passes of views: a gradient, the input's sizes, a dimension and more."""
     grad, sizes, dim, *rest = call.args
-    whole = "[n" + "".join(f", {size}" for size in sizes) + "]"
+    whole = f"[{call.n}" + "".join(f", {size}" for size in sizes) + "]"
     return call.direct(grad, whole, _later(dim), *rest)
 
 
@@ -216,20 +226,27 @@ def _mm(call: Call) -> str | None:
         rows, inner = call.of(a).shape
         out = call.of(b).shape[1]
         if rows == 1:
-            return f"torch.mm({written(a)}.reshape(n, {inner}), {written(b)}).unsqueeze(1)"
-        return f"torch.mm({written(a)}.reshape(-1, {inner}), {written(b)}).view(n, {rows}, {out})"
+            return f"torch.mm({written(a)}.reshape({call.n}, {inner}), {written(b)}).unsqueeze(1)"
+        return f"torch.mm({written(a)}.reshape(-1, {inner}), {written(b)}).view({call.n}, {rows}, {out})"
     return f"torch.matmul({written(a)}, {written(b)})"
 
 
 def _addmm(call: Call) -> str | None:
     bias, a, b = call.args
-    if call.kwargs or call.is_batched(bias) or not call.is_batched(a) or call.is_batched(b):
+    if call.kwargs or call.is_batched(b):
         return None
-    if len([size for size in call.of(bias).shape if size != 1]) > 1:
-        return None
+    if not call.is_batched(a):
+        return f"torch.add({call.aligned(bias, 2)}, torch.mm({written(a)}, {written(b)}))"
     rows, inner = call.of(a).shape
     out = call.of(b).shape[1]
-    return f"torch.addmm({written(bias)}, {written(a)}.reshape(-1, {inner}), {written(b)}).view(n, {rows}, {out})"
+    added = written(bias)
+    if call.is_batched(bias):
+        if call.of(bias).shape != call.shape:
+            return None
+        added = f"{written(bias)}.reshape(-1, {out})"
+    elif len([size for size in call.of(bias).shape if size != 1]) > 1:
+        return None
+    return f"torch.addmm({added}, {written(a)}.reshape(-1, {inner}), {written(b)}).view({call.n}, {rows}, {out})"
 
 
 def _bmm(call: Call) -> str | None:
@@ -239,7 +256,7 @@ def _bmm(call: Call) -> str | None:
     sizes = "".join(f", {size}" for size in call.shape)
     if call.shape[0] == 1:
         return f"torch.bmm({written(a)}.squeeze(1), {written(b)}.squeeze(1)).unsqueeze(1)"
-    return f"torch.bmm({written(a)}.flatten(0, 1), {written(b)}.flatten(0, 1)).view(n{sizes})"
+    return f"torch.bmm({written(a)}.flatten(0, 1), {written(b)}.flatten(0, 1)).view({call.n}{sizes})"
 
 
 def _leading(call: Call) -> str | None:
@@ -262,11 +279,10 @@ def _group_norm(call: Call) -> str | None:
     x, weight, bias, number, channels, size, groups, eps = call.args
     if weight is not None or bias is not None:
         return None
-    flat = call.direct(call.flat(x), None, None, f"n * {number}", channels, size, groups, eps)
+    flat = call.direct(call.flat(x), None, None, f"{call.n} * {number}", channels, size, groups, eps)
     shape = "".join(f", {one}" for one in call.of(x).shape)
-    return (
-        f"(lambda r: (r[0].view(n{shape}), r[1].view(n, {number}, {groups}), r[2].view(n, {number}, {groups})))({flat})"
-    )
+    few = f"{call.n}, {number}, {groups}"
+    return f"(lambda r: (r[0].view({call.n}{shape}), r[1].view({few}), r[2].view({few})))({flat})"
 
 
 def _group_norm_backward(call: Call) -> str | None:
@@ -281,13 +297,13 @@ def _group_norm_backward(call: Call) -> str | None:
         call.flat(mean),
         call.flat(rstd),
         None,
-        f"n * {number}",
+        f"{call.n} * {number}",
         channels,
         size,
         groups,
         mask,
     )
-    return f"(lambda r: (r[0].view(n{shape}), None, None))({flat})"
+    return f"(lambda r: (r[0].view({call.n}{shape}), None, None))({flat})"
 
 
 def _images(call: Call, spatial: int) -> bool:
@@ -306,8 +322,8 @@ def _pool(spatial: int, tensors: int = 1) -> Rule:
         flat = call.direct(*(call.flat(argument) for argument in own), *more, **call.kwargs)
         number = call.of(own[0]).shape[0]
         if call.spec is not None:
-            return f"(lambda r: r.view(n, {number}, *r.shape[1:]))({flat})"
-        return f"tuple(r.view(n, {number}, *r.shape[1:]) for r in {flat})"
+            return f"(lambda r: r.view({call.n}, {number}, *r.shape[1:]))({flat})"
+        return f"tuple(r.view({call.n}, {number}, *r.shape[1:]) for r in {flat})"
 
     return rule
 
@@ -318,36 +334,45 @@ def _convolution(call: Call) -> str | None:
         return None
     number = call.of(x).shape[0]
     flat = call.direct(call.flat(x), weight, bias, *rest)
-    return f"(lambda r: r.view(n, {number}, *r.shape[1:]))({flat})"
+    return f"(lambda r: r.view({call.n}, {number}, *r.shape[1:]))({flat})"
 
 
 def _convolution_backward(call: Call) -> str | None:
-    grad, x, weight, _, stride, padding, dilation, is_transposed, output_padding, groups, mask = call.args
+    grad, x, weight, _, *rest, mask = call.args
     if call.is_batched(weight) or call.of(x).shape[0] != 1:
         return None
-    rest = (stride, padding, dilation, is_transposed, output_padding)
-    parts = ["None", "None", "None"]
-    if mask[0]:
-        flat = call.direct(call.flat(grad), call.flat(x), weight, None, *rest, groups, [True, False, False])
-        parts[0] = f"{flat}[0].unsqueeze(1)"
+    flat = call.direct(call.flat(grad), call.flat(x), weight, None, *rest, [True, False, False])
+    return convolution_gradients(call, f"{flat}[0].unsqueeze(1)" if mask[0] else "None", written(weight))
+
+
+def convolution_gradients(call: Call, of_input: str, weight: str) -> str:
+    """Return the three gradients of a convolution, that of its input given; each record is a group of one large one.
+
+    Args:
+        call: Of convolution_backward.
+        of_input: Source of the input's gradient.
+        weight: Source of a weight of the right shape.
+    """
+    grad, x, _, _, *rest, groups, mask = call.args
+    parts = [of_input, "None", "None"]
     if mask[1]:
-        shape = call.of(weight).shape
-        # Each record is a group of one large convolution.
-        one = f"{call.many(x)}.reshape(1, -1, {', '.join(map(str, call.of(x).shape[2:]))})"
-        other = f"{call.many(grad)}.reshape(1, -1, {', '.join(map(str, call.of(grad).shape[2:]))})"
+        shape = call.of(call.args[2]).shape
+        images = f"{call.many(x)}.reshape(1, -1, {', '.join(map(str, call.of(x).shape[2:]))})"
+        grads = f"{call.many(grad)}.reshape(1, -1, {', '.join(map(str, call.of(grad).shape[2:]))})"
         sizes = ", ".join(map(str, shape))
-        repeated = f"{written(weight)}.expand(n, {sizes}).reshape(-1, {', '.join(map(str, shape[1:]))})"
-        flat = call.direct(other, one, repeated, None, *rest, f"n * {groups}", [False, True, False])
-        parts[1] = f"{flat}[1].view(n, {sizes})"
+        repeated = f"{weight}.expand({call.n}, {sizes}).reshape(-1, {', '.join(map(str, shape[1:]))})"
+        flat = call.direct(grads, images, repeated, None, *rest, f"{call.n} * {groups}", [False, True, False])
+        parts[1] = f"{flat}[1].view({call.n}, {sizes})"
     if mask[2]:
-        dims = [1, *range(3, 1 + call.rank(0))]
-        parts[2] = f"{call.many(grad)}.sum({dims})"
+        parts[2] = f"{call.many(grad)}.sum({[1, *range(3, 1 + call.rank(0))]})"
     return f"({', '.join(parts)})"
 
 
 def _embedding(call: Call) -> str | None:
     weight, tokens, *_ = call.args
-    if call.is_batched(weight) or not call.is_batched(tokens):
+    if not call.is_batched(tokens):
+        return f"{written(weight)}[:, {written(tokens)}]"
+    if call.is_batched(weight):
         return None
     return f"torch.embedding({written(weight)}, {written(tokens)})"
 
@@ -358,8 +383,8 @@ def _embedding_backward(call: Call) -> str | None:
         return None
     width = call.shape[1]
     keep = f".masked_fill((t == {padding}).unsqueeze(2), 0.0)" if padding >= 0 else ""
-    body = f"g.new_zeros(n, {number}, {width}).scatter_add_(1, t.unsqueeze(2).expand(-1, -1, {width}), g{keep})"
-    return f"(lambda t, g: {body})({call.many(tokens)}.reshape(n, -1), {call.many(grad)}.reshape(n, -1, {width}))"
+    body = f"g.new_zeros({call.n}, {number}, {width}).scatter_add_(1, t.unsqueeze(2).expand(-1, -1, {width}), g{keep})"
+    return f"(lambda t, g: {body})({call.many(tokens)}.reshape({call.n}, -1), {call.many(grad)}.reshape({call.n}, -1, {width}))"
 
 
 def _nll(call: Call) -> str | None:
@@ -367,7 +392,7 @@ def _nll(call: Call) -> str | None:
     if reduction != 0 or call.is_batched(weight) or call.rank() != 2:
         return None
     flat = call.direct(call.flat(scores), call.flat(target), weight, reduction, ignored)
-    return f"(lambda r: (r[0].view(n, {call.of(scores).shape[0]}), r[1]))({flat})"
+    return f"(lambda r: (r[0].view({call.n}, {call.of(scores).shape[0]}), r[1]))({flat})"
 
 
 def _nll_backward(call: Call) -> str | None:
@@ -379,7 +404,7 @@ def _nll_backward(call: Call) -> str | None:
     flat = call.direct(
         f"{call.flat(grad)}.contiguous()", call.flat(scores), call.flat(target), weight, reduction, ignored, total
     )
-    return f"{flat}.view(n, {rows}, {classes})"
+    return f"{flat}.view({call.n}, {rows}, {classes})"
 
 
 def _index(call: Call) -> str | None:

@@ -135,6 +135,8 @@ def _collect(module: nn.Module | None, name: str, parts: list[Part]) -> None:
         raise Unsupported(f"{label} has hooks or a forward of its own")
     kind = type(module)
     if isinstance(module, StackedLayer):
+        if any(part is module for part in parts):
+            raise Unsupported(f"{label} runs more than once")
         parts.append(module)
     elif kind is nn.Sequential:
         # Not children(), which leaves out a module's second use.

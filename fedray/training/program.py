@@ -143,7 +143,7 @@ class Program:
         """SHA-256 of everything that decides what it computes, the values of its constants included."""
         found = hashlib.sha256(repr((self.params, self.draws, self.instructions, self.gradients, self.sites)).encode())
         for constant in self.constants:
-            values = constant.detach().cpu().contiguous()
+            values = constant.detach().cpu().clone(memory_format=torch.contiguous_format)  # views may lack strides
             found.update(f"{values.dtype}{tuple(values.shape)}".encode())
             found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()

@@ -31,14 +31,13 @@ class RecordGradients(Protocol):
     """
 
     num_params: int
+    cache_bytes: int
+    """Memory that a group's step had better go over at most, on a CPU: larger groups leave the last-level cache."""
+    fewest_together: int
+    """Gateways that had better run together all the same, where their parameters fit the cache."""
 
-    @property
-    def most_together(self) -> int:
-        """How many gateways it takes at once."""
-        ...
-
-    def values_per_record(self, shard: Shard) -> int:
-        """Return how many values one record's pass keeps, about; the shard gives an example."""
+    def bytes_per_record(self, shard: Shard) -> int:
+        """Return the memory that one record's pass takes, about; the shard gives an example. Comes first."""
         ...
 
     def bind(self, params: torch.Tensor, identity: Identity) -> None:
@@ -67,6 +66,9 @@ class SequenceGradients:
         Unsupported: It is no such sequence.
     """
 
+    cache_bytes = 16 * 2**20
+    fewest_together = 4
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -79,18 +81,13 @@ class SequenceGradients:
         self._device = device
         self.num_params = self._model.num_params
 
-    @property
-    def most_together(self) -> int:
-        """See `RecordGradients.most_together`."""
-        return 2**31
-
-    def values_per_record(self, shard: Shard) -> int:
-        """See `RecordGradients.values_per_record`."""
+    def bytes_per_record(self, shard: Shard) -> int:
+        """See `RecordGradients.bytes_per_record`."""
         _, values = self._model.one_output(only_leaf(shard.x)[:1].to(self._device))
         if self._loss_of is not None and self._loss is None:
             with torch.inference_mode(False):
                 self._loss = OutputGradient(self._loss_of(shard), self._device)
-        return values
+        return 16 * values  # inputs, outputs, their gradients and one temporary of each
 
     def bind(self, params: torch.Tensor, identity: Identity) -> None:
         """See `RecordGradients.bind`."""
@@ -154,7 +151,7 @@ class OutputGradient:
     def __init__(self, program: Program, device: torch.device) -> None:
         if program.draws:
             raise Untraceable("the loss draws random numbers; draw in the model instead")
-        self._batched = Batched(program, own_params=True)
+        self._batched = Batched(program, "records")
         self._constants = [constant.to(device) for constant in program.constants]
 
     def of(self, output: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
@@ -169,8 +166,7 @@ class OutputGradient:
             return None
         outputs, targets = (part.flatten(0, 1).unsqueeze(1) for part in (output, target))
         nothing = output.new_zeros(len(outputs), 1, 1)
-        (found,) = self._batched.run([outputs], self._constants, (), [nothing], targets, len(outputs))
-        if not self._batched.is_batched(self._batched.wanted[0]):
-            found = found.expand(len(outputs), *found.shape)
-        gradient: torch.Tensor = found.reshape(output.shape)
+        (index,), n = self._batched.wanted, len(outputs)
+        (found,) = self._batched.run([outputs], self._constants, (), [nothing], targets, n, 1, n)
+        gradient = self._batched.expanded({index: found}, index, 1, n).reshape(output.shape)
         return gradient * weights.view(*weights.shape, *([1] * (output.dim() - 2)))

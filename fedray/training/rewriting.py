@@ -271,6 +271,61 @@ def _layer_norm(
     return found if bias is None else found + bias
 
 
+def _instance_norm(
+    rewriter: Rewriter,
+    x: torch.Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    own_statistics: bool,
+    _momentum: float,
+    eps: float,
+    _cudnn: bool,
+) -> torch.Tensor:
+    """InstanceNorm: GroupNorm of groups of one channel."""
+    if not own_statistics or mean is not None or variance is not None:
+        raise ValueError("InstanceNorm with track_running_stats keeps statistics of records; leave it out")
+    return _group_norm(rewriter, x, x.shape[1], weight, bias, eps)
+
+
+def _prelu(rewriter: Rewriter, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.reshape([1, -1, *([1] * (x.dim() - 2))]) if x.dim() > 1 else weight
+    return torch.where(x > 0, x, weight * x)
+
+
+def _bilinear(
+    rewriter: Rewriter, left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor, bias: Any = None
+) -> torch.Tensor:
+    """Bilinear: each output is leftᵀ W right; a product with all of W, and a sum."""
+    out, inner, other = weight.shape
+    product = torch.matmul(left, weight.permute(1, 0, 2).reshape(inner, out * other))
+    found = (product.reshape(*left.shape[:-1], out, other) * right.unsqueeze(-2)).sum(-1)
+    return found if bias is None else found + bias
+
+
+def _cross_entropy(
+    rewriter: Rewriter,
+    scores: torch.Tensor,
+    target: torch.Tensor,
+    weight: Any = None,
+    reduction: int = 1,
+    ignored: int = -100,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross-entropy with class indices, classes last: a row a position."""
+    if weight is not None or smoothing or target.is_floating_point() or scores.dim() == 1:
+        found: torch.Tensor = _A.cross_entropy_loss.default(scores, target, weight, reduction, ignored, smoothing)
+        return found
+    rows = scores.movedim(1, -1).reshape(-1, scores.shape[1])
+    losses = torch.nn.functional.nll_loss(
+        torch.log_softmax(rows, 1), target.reshape(-1), reduction="none", ignore_index=ignored
+    )
+    if reduction == 0:
+        return losses.reshape(target.shape)
+    return losses.sum() if reduction == 2 else losses.sum() / (target != ignored).sum()
+
+
 _RULES: dict[Any, Callable[..., Any]] = {
     _A.dropout.default: Rewriter.dropout,
     _A.dropout_.default: _in_place(Rewriter.dropout),
@@ -292,4 +347,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _A.embedding_bag.default: _embedding_bag,
     _A.layer_norm.default: _layer_norm,
     _A.group_norm.default: _group_norm,
+    _A.instance_norm.default: _instance_norm,
+    _A.prelu.default: _prelu,
+    _A.bilinear.default: _bilinear,
+    _A.cross_entropy_loss.default: _cross_entropy,
 }

@@ -27,8 +27,6 @@ from fedray.training.record_gradients import RecordGradients
 from fedray.training.row_optimizers import new_row_optimizer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
-_CACHE_BYTES = 16 * 2**20  # that a group's step goes over on a CPU: larger groups leave the last-level cache
-_FEWEST_TOGETHER = 4  # gateways whose parameters would fit the cache
 _MATRICES = 5  # parameters, gradients, Adam's two moments, a layer's sums
 _AHEAD_BYTES = 8 * 2**20  # of noise drawn ahead of its round
 
@@ -53,7 +51,7 @@ class StackedTrainer:
         self._divisor = float(training.privacy.batch_size) if self._local == "record" else 1.0
         self._gradients = gradients
         self._memory_limit = memory_limit
-        self._values_per_record: int | None = None
+        self._bytes_per_record: int | None = None
         self._first: Draws | None = None  # of the first group of the last round
         self._ahead: Draws | None = None
         self._ahead_memory = torch.empty(0)
@@ -66,8 +64,9 @@ class StackedTrainer:
         start = 0
         while start < len(gateways):
             first = shards[gateways[start]]
-            group = gateways[start : start + self._group_size(len(params), first)]
+            group = gateways[start : start + 1]
             try:
+                group = gateways[start : start + self._group_size(len(params), first)]
                 draws = self._draws(keys, group, shards)
                 with self._mode():
                     updates[start : start + len(group)] = self._train_group(params, group, draws)
@@ -84,18 +83,20 @@ class StackedTrainer:
 
     def _group_size(self, num_params: int, shard: Shard) -> int:
         per_gateway = matrices = 4 * _MATRICES * num_params
-        # Inputs, outputs, their gradients and one temporary of each, for batches half as large again as expected.
-        per_gateway += int(4 * 4 * 1.5 * self._training.privacy.batch_size * self._record_values(shard))
+        # For batches half as large again as expected.
+        per_gateway += int(1.5 * self._training.privacy.batch_size * self._record_bytes(shard))
         size = self._memory_limit // per_gateway
         if self._device.type == "cpu":
             # Small enough for the cache, but not so small that the calls cost more than the work.
-            size = min(size, max(_CACHE_BYTES // per_gateway, _FEWEST_TOGETHER if matrices <= _CACHE_BYTES else 1))
-        return max(1, min(size, self._gradients.most_together))
+            cache_bytes = self._gradients.cache_bytes
+            fewest = self._gradients.fewest_together if matrices <= cache_bytes else 1
+            size = min(size, max(cache_bytes // per_gateway, fewest))
+        return max(1, size)
 
-    def _record_values(self, shard: Shard) -> int:
-        if self._values_per_record is None:
-            self._values_per_record = self._gradients.values_per_record(shard)
-        return self._values_per_record
+    def _record_bytes(self, shard: Shard) -> int:
+        if self._bytes_per_record is None:
+            self._bytes_per_record = self._gradients.bytes_per_record(shard)
+        return self._bytes_per_record
 
     def draw_ahead(self, stop: Event) -> None:
         """See `fedray.training.trainer.Trainer.draw_ahead`."""

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.models import Loss, call_model
+from fedray.training.held_state import changed, held_state
 from fedray.training.parameter_uses import Use, uses_of
 from fedray.training.program import Draw, Instruction, Program, Site, Spec, Untraceable, Value
 from fedray.training.rewriting import Rewriter, draws_of
@@ -38,6 +39,15 @@ IDENTITIES = frozenset(
         "aten.contiguous.default",
     }
 )
+# Operations that fill a shape: with a number, or with the argument at a position.
+_FILLS: dict[str, float | int] = {
+    "aten.ones_like.default": 1.0,
+    "aten.zeros_like.default": 0.0,
+    "aten.new_ones.default": 1.0,
+    "aten.new_zeros.default": 0.0,
+    "aten.full_like.default": 1,
+    "aten.new_full.default": 2,
+}
 _LARGEST_FOLDED = 2**22  # values of a constant that is computed beforehand
 
 
@@ -67,6 +77,7 @@ class _Code:
         self.params = [named[name].detach() for name in self.trainable]
         frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
         self.held = frozen | {name: buffer.detach() for name, buffer in model.named_buffers()}
+        self.labels = [f"{'parameter' if name in frozen else 'buffer'} {name}" for name in self.held]
         self._model, self._loss, self._example = model, loss, example
         self.inputs = leaves(example.x)
 
@@ -95,8 +106,7 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
         Untraceable: The code looks at values, has state, or uses what is not supported; says which.
     """
     code = _Code(model, loss, example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+    with _watched(model, loss):
         try:
             try:
                 with _own_backward_passes_refused():
@@ -104,13 +114,65 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
             except _OwnBackward:
                 joint, wanted = _joint_directly(code)
             else:
-                uses = uses_of(forward, len(code.params))
-                joint, wanted = _joint(code, forward, uses)
+                _refuse_writes(forward, code)
+                joint, wanted = _joint(code, forward, uses_of(forward, len(code.params)))
         except Untraceable:
             raise
         except Exception as error:  # the user's code may do anything that torch.fx refuses
             raise Untraceable(_reason(error)) from error
     return _program(code, joint, wanted)
+
+
+@contextmanager
+def _watched(model: nn.Module, loss: Loss) -> Iterator[None]:
+    """Refuse code that changes what it holds while it runs."""
+    before = held_state(model, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+        yield
+    names = changed(before, held_state(model, loss))
+    if names:
+        raise Untraceable(_stateful(names))
+
+
+def _stateful(names: Sequence[str]) -> str:
+    if any("random numbers" in name for name in names):
+        return f"its code draws from {names[0]}, which cannot be keyed; draw by torch"
+    return (
+        f"its code changes {', '.join(names[:3])} while it trains; state would let one record speak in another's pass: keep "
+        "none, or set it in the constructor"
+    )
+
+
+def _refuse_writes(graph: fx.GraphModule, code: _Code) -> None:
+    """Refuse operations that change parameters, buffers or other tensors that the code holds."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    held = [*(f"parameter {name}" for name in code.trainable), *code.labels]
+    names = dict(zip(placeholders, held, strict=False))
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for position, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
+                continue
+            root = _root(node.args[position])
+            if root in names:
+                raise Untraceable(_stateful([names[root]]))
+            if isinstance(root, fx.Node) and root.op == "get_attr":
+                raise Untraceable(_stateful(["a tensor that it holds"]))
+
+
+def _root(node: Any) -> Any:
+    """Return what a view is a view of."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is operator.getitem:
+            node = node.args[0]
+            continue
+        returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node
 
 
 def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Program:
@@ -134,8 +196,7 @@ def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Progra
             return self.output
 
     code = _Code(Output(), loss, Example(x=torch.zeros(1, 1), y=target))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks for developers of torch.fx
+    with _watched(nn.Identity(), loss):
         try:
             return _program(code, *_joint_directly(code))
         except Untraceable:
@@ -228,6 +289,7 @@ def _joint_directly(code: _Code) -> tuple[fx.GraphModule, _Wanted]:
 
     arguments = (*code.params, *code.held.values(), *code.inputs, code._example.y)
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    _refuse_writes(graph, code)
     graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
@@ -315,6 +377,10 @@ class _Compiler:
         if _name(node) in IDENTITIES or _is_same_view(node):
             self._same[node] = self._of(node.args[0])  # type: ignore[arg-type]  # its argument is a node
             return
+        filled = _filled(node)
+        if filled is not None:
+            self._constants[node] = filled
+            return
         sources = [self._of(source) for source in node.all_input_nodes]
         if all(source in self._constants for source in sources) and _can_fold(node):
             arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._constants[self._of(source)])
@@ -341,7 +407,7 @@ class _Compiler:
         for node in self._nodes:
             index[node] = len(index)
             spec = _spec(node)
-            arguments = _plain((node.args, node.kwargs), lambda source: Value(index[self._of(source)]))
+            arguments = _plain(_complete(node), lambda source: Value(index[self._of(source)]))
             instructions.append(
                 Instruction(
                     op=_name(node), args=tuple(arguments[0]), kwargs=dict(arguments[1]), out=index[node], spec=spec
@@ -363,7 +429,7 @@ class _Compiler:
             start += number
         return Program(
             params=tuple(tuple(_spec(node).shape) for node in self._inputs[: self._num_params]),  # type: ignore[union-attr]  # a tensor
-            constants=tuple(self._constants[node].clone() for node in constants),
+            constants=tuple(self._constants[node].clone(memory_format=torch.contiguous_format) for node in constants),
             draws=tuple(self._wanted.draws),
             num_inputs=self._num_inputs,
             instructions=tuple(instructions),
@@ -381,17 +447,29 @@ def _name(node: fx.Node) -> str:
     raise Untraceable(f"it calls {node.target}, which is no operation on tensors")
 
 
+def _complete(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """Return a node's arguments with all positional ones by position, defaults included: rules count on their places."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return list(node.args), dict(node.kwargs)
+    positional = [one for one in node.target._schema.arguments if not one.kwarg_only]
+    named = dict(node.kwargs)
+    args = list(node.args)
+    for one in positional[len(args) :]:
+        args.append(named.pop(one.name) if one.name in named else one.default_value)
+    return args, named
+
+
 def _is_same_view(node: fx.Node) -> bool:
     """Tell whether a node gives its input back as it is."""
-    if _name(node) not in (
-        "aten.view.default",
-        "aten.expand.default",
-        "aten.reshape.default",
-        "aten._unsafe_view.default",
-    ):
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or _spec(source) is None or _spec(source) != _spec(node):
         return False
-    source = node.args[0]
-    return isinstance(source, fx.Node) and _spec(source) == _spec(node)
+    name = _name(node)
+    if name == "aten.permute.default":
+        return list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type]  # whole numbers
+    if name == "aten.sum.dim_IntList":
+        return True  # over dimensions of size 1, which are kept
+    return name in ("aten.view.default", "aten.expand.default", "aten.reshape.default", "aten._unsafe_view.default")
 
 
 def _can_fold(node: fx.Node) -> bool:
@@ -402,6 +480,17 @@ def _can_fold(node: fx.Node) -> bool:
         )
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.numel() <= _LARGEST_FOLDED
+
+
+def _filled(node: fx.Node) -> torch.Tensor | None:
+    """Return the value of a node that takes nothing but a shape from its inputs."""
+    value, fill = node.meta.get("val"), _FILLS.get(_name(node))
+    if fill is None or not isinstance(value, torch.Tensor) or value.numel() > _LARGEST_FOLDED:
+        return None
+    number = fill if isinstance(fill, float) else node.args[int(fill)]
+    if not isinstance(number, int | float):
+        return None
+    return torch.full(tuple(map(int, value.shape)), number, dtype=value.dtype)
 
 
 def _spec(node: fx.Node) -> Spec | None:

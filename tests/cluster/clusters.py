@@ -17,26 +17,31 @@ from tests.zygote import launcher
 
 SPY = """
 import json, pathlib
-from torch import nn
+import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 
-class Spy(nn.Module):
-    '''Leaves a note where, and with what share of it, each actor trains.'''
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(16, 4)
-    def forward(self, x):
+class Spy:
+    '''Shards that leave a note where, and with what share of it, each actor loads them.'''
+    def __init__(self, gateways):
+        self.gateways = gateways
+    def __len__(self):
+        return self.gateways
+    def __getitem__(self, index):
         import ray
         context = ray.get_runtime_context() if ray.is_initialized() else None
         if context is not None and context.get_actor_id() is not None:
             note = HERE / "seen" / context.get_actor_id()
             if not note.exists():
                 note.write_text(json.dumps([context.get_node_id(), context.get_assigned_resources()]))
-        return self.layer(x)
+        return records(index)
 
-def make():
-    return Spy()
+def records(seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(64, 16)).astype(np.float32), rng.integers(0, 4, 64)
+
+def data(gateways):
+    return Spy(gateways), records(999)
 """
 
 
@@ -125,7 +130,7 @@ def fedray(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeou
 
 
 def spy(folder: Path) -> Path:
-    """Write the module of a model that notes where it trains; return the folder of its notes."""
+    """Write the module of a data set that notes where it is loaded; return the folder of its notes."""
     (folder / "spy.py").write_text(SPY)
     seen = folder / "seen"
     seen.mkdir()
@@ -133,5 +138,5 @@ def spy(folder: Path) -> Path:
 
 
 def notes(seen: Path) -> list[tuple[str, dict[str, float]]]:
-    """Return the node and resources of each actor that trained."""
+    """Return the node and resources of each actor that loaded shards."""
     return [tuple(json.loads(note.read_text())) for note in seen.iterdir()]

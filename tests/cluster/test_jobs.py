@@ -28,27 +28,43 @@ pytestmark = pytest.mark.slow
 
 RAY = str(Path(sys.executable).with_name("ray"))
 JOB = [
-    *("--gateways", "2", "--gateways-per-actor", "1", "--seed", "5"),
-    *("--local-steps", "2", "--batch-size", "8", "--samples-per-gateway", "64"),
+    *("--dataset", "mine:data", "--model", "mine:make", "--gateways", "4", "--gateways-per-actor", "2", "--seed", "5"),
+    # With so little memory, a shard is kept alone and gateways are trained one after the other: each round loads shards.
+    *("--local-steps", "2", "--batch-size", "3000", "--samples-per-gateway", "4000", "--memory-limit", "1"),
 ]
-MODEL = """
+MINE = """
 import pathlib, time
-import torch
+import numpy as np
 from torch import nn
 
-class Layer(nn.Module):
+class Layer(nn.Module):  # runs in the driver, which scores each round
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(16, 4)
     def forward(self, x):
         if pathlib.Path("{slow}").exists():
-            time.sleep(0.05)
-        if torch.is_grad_enabled() and pathlib.Path("{broken}").exists():  # in actors, not where the driver scores
-            raise ValueError("the sensor broke")
+            time.sleep(0.1)
         return self.layer(x)
 
 def make():
     return Layer()
+
+class Shards:
+    def __init__(self, gateways):
+        self.gateways = gateways
+    def __len__(self):
+        return self.gateways
+    def __getitem__(self, index):
+        if pathlib.Path("{broken}").exists():
+            raise ValueError("the sensor broke")
+        return records(4000, index)
+
+def records(number, seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(number, 16)).astype(np.float32), rng.integers(0, 4, number)
+
+def data(gateways):
+    return Shards(gateways), records(64, 999)
 """
 
 
@@ -144,14 +160,14 @@ def _wait(holds: Callable[[], bool], what: str, timeout_s: float) -> None:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A user's working directory, with a model that can be made slow or broken while it trains."""
+    """A user's working directory, with a model that can be made slow while it is scored, and data that can break."""
     return _work(tmp_path)
 
 
 def _work(place: Path) -> Path:
     folder = place / "work"
     folder.mkdir()
-    (folder / "mine.py").write_text(MODEL.format(slow=place / "slow", broken=place / "broken"))
+    (folder / "mine.py").write_text(MINE.format(slow=place / "slow", broken=place / "broken"))
     return folder
 
 
@@ -159,7 +175,7 @@ def _work(place: Path) -> Path:
 def well(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of job "well", which has ended well; its run directory is beside it."""
     work = _work(tmp_path_factory.mktemp("well"))
-    options = ["--model", "mine:make", "--device", "cpu", "--rounds", "2", "--out", str(work.parent / "run")]
+    options = ["--device", "cpu", "--rounds", "2", "--out", str(work.parent / "run")]
     done = head.submit("well", *JOB, *options, cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     return work
@@ -182,14 +198,14 @@ def test_job_that_ends_well_exits_with_0_and_logs_what_a_terminal_shows(head: He
     printed = head.job("logs", "well", cwd=well).stdout
     log = "".join(line for line in printed.splitlines(keepends=True) if " cli.py:" not in line)  # the command's own
     assert "\x1b" not in log
-    for words in ("2 gateways, 2 rounds × 2 local steps", "round 2/2  accuracy", "epsilon ", f"files: {out}"):
+    for words in ("4 gateways, 2 rounds × 2 local steps", "round 2/2  accuracy", "epsilon ", f"files: {out}"):
         assert words in log
     own = [line for line in log.splitlines() if re.match(r"\d{4}-\d\d-\d\d .* (INFO|WARNING|ERROR) ", line)]
     assert len(own) <= 2, own  # Ray's own lines do not drown ours
 
 
 def test_job_equals_the_same_command_in_one_process(well: Path, tmp_path: Path) -> None:
-    argv = [*JOB, "--model", "mine:make", "--rounds", "2", "--pool", "inline", "--out", str(tmp_path / "inline")]
+    argv = [*JOB, "--rounds", "2", "--pool", "inline", "--out", str(tmp_path / "inline")]
     assert fedray(*argv, cwd=well).code == 0
     job, inline = ((place / "model.safetensors").read_bytes() for place in (well.parent / "run", tmp_path / "inline"))
     assert job == inline
@@ -204,8 +220,8 @@ def test_job_with_bad_input_exits_with_1_and_one_line(head: Head, work: Path) ->
     assert "Traceback" not in log
 
 
-def test_job_whose_model_fails_exits_with_1_and_the_users_traceback(head: Head, work: Path) -> None:
-    argv = [*JOB, "--model", "mine:make", "--device", "cpu", "--rounds", "400", "--out", str(work.parent / "run")]
+def test_job_whose_data_fail_exits_with_1_and_the_users_traceback(head: Head, work: Path) -> None:
+    argv = [*JOB, "--device", "cpu", "--rounds", "400", "--out", str(work.parent / "run")]
     (work.parent / "slow").touch()
     submitted = head.job(
         *("submit", "--submission-id", "broken", "--working-dir", ".", "--no-wait"),
@@ -218,11 +234,11 @@ def test_job_whose_model_fails_exits_with_1_and_the_users_traceback(head: Head, 
     head.wait("broken", "FAILED")
     log = head.logs("broken")
     assert log.count('raise ValueError("the sensor broke")') == 1
-    assert re.search(r"error: gateway .* failed in round \d+: ValueError: the sensor broke", log)
+    assert re.search(r"error: gateway .* failed in round \d+: shard of .*\(ValueError: the sensor broke\)", log)
 
 
 def test_stopped_job_can_be_resumed_to_the_same_result(head: Head, work: Path) -> None:
-    out, argv = work.parent / "run", [*JOB, "--model", "mine:make", "--rounds", "60"]
+    out, argv = work.parent / "run", [*JOB, "--rounds", "60"]
     (work.parent / "slow").touch()
     submitted = head.job(
         *("submit", "--submission-id", "stopped", "--working-dir", ".", "--no-wait"),

@@ -13,7 +13,7 @@ from tests.cluster.clusters import Nodes, cluster, fedray, notes, spy
 pytestmark = pytest.mark.slow
 
 JOB = [
-    *("--model", "spy:make", "--seed", "5", "--gateways", "8", "--gateways-per-actor", "2", "--rounds", "2"),
+    *("--dataset", "spy:data", "--seed", "5", "--gateways", "8", "--gateways-per-actor", "2", "--rounds", "2"),
     *("--local-steps", "3", "--batch-size", "8", "--samples-per-gateway", "64", "--device", "cpu"),
 ]
 HEAD = {"num_cpus": 0}

@@ -21,7 +21,7 @@ from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.session import Session
 from fedray.streams import RoundKeys
-from fedray.training import alone, layers
+from fedray.training import alone, layers, record_parts
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver, Trainer
 
@@ -129,7 +129,7 @@ def non_finite_let_through(patch: Patch, engine: str) -> None:
         lambda norms, clip_norm, **_: (clip_norm / norms).clamp(max=1.0).float(),
     )
     replace_everywhere(patch, clipping.select_finite, lambda values, norms: values)
-    for layer in (layers.StackedLayer, layers.StackedConv, alone._Made, alone._Product, alone._Rows):
+    for layer in (layers.StackedLayer, layers.StackedConv, record_parts.Made, record_parts.Product, record_parts.Rows):
         patch.setattr(layer, "select", lambda self, keep: None)
 
 
@@ -148,10 +148,8 @@ def per_layer_clipping(patch: Patch, engine: str) -> None:
                 norms = part.squared_norms().sqrt()
                 part.select(torch.isfinite(norms))
                 factors = clipping.clip_factors(norms, self._training.privacy.clip_norm)
-                if isinstance(part, alone._Part):
-                    part.add_sum(gradient[0], factors)
-                else:
-                    part.add_sums(gradient, factors)
+                add = part.add_sums if isinstance(part, layers.StackedLayer) else part.add_sum
+                add(gradient, factors)
 
         patch.setattr(StackedTrainer, "_add_clipped_records", mutated_records)
         return

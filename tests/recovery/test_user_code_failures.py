@@ -1,4 +1,4 @@
-"""User code that hangs, raises, returns NaN or asks for too much memory: how the run ends, with fail and with drop."""
+"""User code that hangs, raises, leaves, makes NaN or asks for too much memory: how the run ends, with fail and with drop."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from fedray.pool.ray_pool import RayPool
 from tests.recovery import faulty_parts
 from tests.recovery.jobs import assert_true, lines
 
-GROUPS = [
-    *("--gateways", "4", "--gateways-per-actor", "2", "--rounds", "3", "--local-steps", "2", "--batch-size", "16")
-]
+GROUPS = [*("--gateways", "4", "--gateways-per-actor", "2", "--rounds", "3", "--local-steps", "2")]
 
 
 @pytest.fixture(params=[pytest.param("ray", marks=pytest.mark.slow), "inline"])
@@ -44,32 +42,34 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def run(out: Path, model: str, pool: str, level: str, *more: str) -> int:
+def run(out: Path, data: str, pool: str, level: str, *more: str) -> int:
     parts = "tests.recovery.faulty_parts"
-    arguments = ["--dataset", f"{parts}:data", "--model", f"{parts}:{model}", "--pool", pool, "--noise-level", level]
-    return main([*arguments, *GROUPS, "--out", str(out), *more])
+    arguments = ["--dataset", f"{parts}:{data}", "--model", f"{parts}:model", "--pool", pool, "--noise-level", level]
+    return main([*arguments, *GROUPS, *faulty_parts.FLAGS, "--out", str(out), *more])
 
 
 ENDS = {
-    # model, level: words of the sentence with --on-failure fail; None: documented not to fail
-    ("Raises", "sample"): ["gateway 2", "failed in round 2: ValueError: the sensor broke"],
-    ("Devours", "none"): ["gateway 2", "failed in round 2: RuntimeError", "allocate"],
-    ("Diverges", "none"): ["gateway 2", "NaN or infinite", "in round 2", "--on-failure drop"],
-    ("Diverges", "sample"): None,  # its records' gradients count as zero
-    ("Diverges", "gateway"): None,  # its update counts as zero
+    # data, level: words of the sentence with --on-failure fail; None: documented not to fail
+    ("raises", "sample"): ["gateway 1 failed in round 2", "ValueError: the sensor broke"],
+    ("leaves", "gateway"): ["gateway 1 failed in round 2", "SystemExit: 0"],
+    ("devours", "none"): ["gateway 1 failed in round 2", "MemoryError", "allocate"],
+    ("spoils", "sample"): ["gateway 1 failed in round 2", "record 0 is NaN", "clean the data"],
+    ("diverges", "none"): ["gateway 1", "NaN or infinite", "in round 2", "--on-failure drop"],
+    ("diverges", "sample"): None,  # its records' gradients count as zero
+    ("diverges", "gateway"): None,  # its update counts as zero
 }
 
 
-@pytest.mark.parametrize(("model", "level"), ENDS)
+@pytest.mark.parametrize(("data", "level"), ENDS)
 def test_failing_gateway_ends_the_run_by_name(
-    model: str,
+    data: str,
     level: str,
     pool: str,
     outdir: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ENDS[model, level]
-    code = run(outdir, model, pool, level)
+    words = ENDS[data, level]
+    code = run(outdir, data, pool, level)
     said = capsys.readouterr().err
     if words is None:
         assert code == 0, said
@@ -84,24 +84,26 @@ def test_failing_gateway_ends_the_run_by_name(
     assert [entry["round"] for entry in lines(outdir / "ledger.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize(("model", "level"), [("Raises", "sample"), ("Devours", "gateway"), ("Diverges", "none")])
+@pytest.mark.parametrize(
+    ("data", "level"), [("raises", "sample"), ("devours", "gateway"), ("spoils", "batch"), ("diverges", "none")]
+)
 def test_failing_gateway_is_left_out_charged_and_recorded(
-    model: str,
+    data: str,
     level: str,
     pool: str,
     outdir: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert run(outdir, model, pool, level, "--on-failure", "drop") == 0
+    assert run(outdir, data, pool, level, "--on-failure", "drop") == 0
     entries = [(entry["event"], entry["round"], entry["gateways"]) for entry in lines(outdir / "ledger.jsonl")]
     assert entries == [
         ("charge", 1, [[0, 3]]),
         ("charge", 2, [[0, 3]]),
-        ("arrival", 2, [[0, 1], [3, 3]]),
+        ("arrival", 2, [[0, 0], [2, 3]]),
         ("charge", 3, [[0, 3]]),
-        ("arrival", 3, [[0, 1], [3, 3]]),
+        ("arrival", 3, [[0, 0], [2, 3]]),
     ]
-    assert 'event=left_out round=2 gateways=2-2 causes=["gateway 2' in caplog.text
+    assert 'event=left_out round=2 gateways=1-1 causes=["gateway 1' in caplog.text
     card = json.loads((outdir / "privacy.json").read_text())
     assert any("in round 2, 3" in line for line in card["not_covered"])
     assert_true(outdir)
@@ -110,7 +112,7 @@ def test_failing_gateway_is_left_out_charged_and_recorded(
 def test_failing_gateway_in_an_actor_ends_the_run_by_name(
     local_ray: None, outdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    test_failing_gateway_ends_the_run_by_name("Raises", "sample", "ray", outdir, capsys)
+    test_failing_gateway_ends_the_run_by_name("raises", "sample", "ray", outdir, capsys)
 
 
 @pytest.mark.slow
@@ -126,20 +128,20 @@ def test_hanging_gateway_ends_with_its_time(
     """Each round waits for the hung actor once, kills it, and starts another one for the next round."""
     limit_s = 6.0
     began = time.monotonic()
-    code = run(outdir, "Hangs", "ray", "none", "--round-timeout", f"{limit_s}", "--on-failure", what)
+    code = run(outdir, "hangs", "ray", "none", "--round-timeout", f"{limit_s}", "--on-failure", what)
     took = time.monotonic() - began
     rounds = 1 if what == "fail" else 2
     assert took < rounds * (limit_s + 10) + 20  # and the start
     said = capsys.readouterr().err
     if what == "fail":
         assert code == 1
-        assert "error: gateways 2-3 did not finish round 2 within --round-timeout 6 s; raise it, or use" in said
+        assert "error: gateways 0-1 did not finish round 2 within --round-timeout 6 s; raise it, or use" in said
         assert len(lines(outdir / "metrics.jsonl")) == 1
     else:
         assert code == 0
         arrivals = [entry for entry in lines(outdir / "ledger.jsonl") if entry["event"] == "arrival"]
-        assert [(entry["round"], entry["gateways"]) for entry in arrivals] == [(2, [[0, 1]]), (3, [[0, 1]])]
-    assert "event=timeout round=2 gateways=2-3 limit_s=6" in caplog.text
+        assert [(entry["round"], entry["gateways"]) for entry in arrivals] == [(2, [[2, 3]]), (3, [[2, 3]])]
+    assert "event=timeout round=2 gateways=0-1 limit_s=6" in caplog.text
     hung = int(Path(f"{marker}.pid").read_text())
     deadline = time.monotonic() + 10
     while Path(f"/proc/{hung}").exists():
@@ -148,15 +150,15 @@ def test_hanging_gateway_ends_with_its_time(
 
 
 def test_nobody_arrives_and_the_run_says_so(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(outdir, "RaisesEverywhere", "inline", "sample", "--on-failure", "drop") == 1
+    assert run(outdir, "diverges_everywhere", "inline", "none", "--on-failure", "drop") == 1
     assert "error: no gateway arrived in round 2, so there is nothing to average." in capsys.readouterr().err
 
 
 def test_update_beyond_max_update_norm_is_refused_and_attributed(
     pool: str, outdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--optimizer", "sgd", "--max-update-norm", "5", "--lr", "0.5"]  # gateway 2's records are large
-    assert run(outdir, "Sensor", pool, "none", *more) == 1
+    more = ["--optimizer", "sgd", "--max-update-norm", "5", "--lr", "0.5"]  # gateway 1's records are large
+    assert run(outdir, "sound", pool, "none", *more) == 1
     said = capsys.readouterr().err
-    assert "error: gateway 2 has an update of norm" in said
+    assert "error: gateway 1 has an update of norm" in said
     assert "in round 1, past --max-update-norm 5" in said

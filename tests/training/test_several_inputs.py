@@ -207,8 +207,8 @@ def test_identity_covers_every_input_and_its_name(tmp_path: Path) -> None:
     def edited(name: str, value: Any) -> Any:
         return lambda x: {**x, name: value(x[name])}
 
-    def renamed(x: dict[str, Any]) -> dict[str, Any]:
-        return {("tokens" if name == "ids" else name): leaf for name, leaf in x.items()}
+    def renamed(x: dict[str, Any]) -> dict[str, Any]:  # to a name that sorts alike
+        return {("identifiers" if name == "ids" else name): leaf for name, leaf in x.items()}
 
     base = identity(dict)
     assert identity(lambda x: dict(reversed(x.items()))) == base

@@ -1,0 +1,153 @@
+"""What a user's model and loss hold besides parameters, by name: to find out what their code changes while it runs.
+
+A model that remembers (a counter, a running mean, a closure's list) would let one record speak in another's pass. Programs
+do not remember, so nothing could leak; but they would not do what the code says either, hence such code is refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedray.models import Loss
+from fedray.user_code import is_library
+
+_DEEPEST = 6  # containers in containers
+_LONGEST = 10_000  # entries of a container that are looked at
+_OF_TORCH = frozenset(vars(nn.Module()))  # what every module has: parameters, hooks and the like
+
+
+def held_state(model: nn.Module, loss: Loss) -> dict[str, Any]:
+    """Return a description of everything that the code holds, by what errors call it; equal as long as nothing changes.
+
+    Looked at are buffers, plain attributes of modules and of the loss, closures, default arguments and module globals that
+    the code names, and the states of random number generators outside of torch.
+
+    Args:
+        model: Of the user.
+        loss: Of the user, or the default one.
+    """
+    found: dict[str, Any] = {f"buffer {name}": _described(buffer) for name, buffer in model.named_buffers()}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if is_library(type(module).__module__):
+            continue
+        for word, value in vars(module).items():
+            if word not in _OF_TORCH:
+                found[f"attribute {f'{name}.' if name else ''}{word} of the model"] = _described(value)
+        found |= _of_functions(_methods(type(module)), seen)
+    found |= _of_loss(loss, seen)
+    found["numpy's global random numbers"] = _described(np.random.get_state())
+    found["Python's global random numbers"] = hash(random.getstate())
+    return found
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the names of what is not what it was."""
+    return [name for name in {**before, **after} if before.get(name, _NOTHING) != after.get(name, _NOTHING)]
+
+
+_NOTHING = object()
+
+
+def _methods(kind: type) -> list[types.FunctionType]:
+    own = [base for base in kind.__mro__ if not is_library(base.__module__)]
+    members = [getattr(item, "__func__", getattr(item, "fget", item)) for base in own for item in vars(base).values()]
+    return [member for member in members if isinstance(member, types.FunctionType)]
+
+
+def _of_loss(loss: Any, seen: set[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    while isinstance(loss, functools.partial):
+        found["arguments of the loss"] = _described([*loss.args, *loss.keywords.values()])
+        loss = loss.func
+    if isinstance(loss, types.MethodType):
+        found |= _attributes(loss.__self__)
+        loss = loss.__func__
+    if isinstance(loss, types.FunctionType):
+        return found | _of_functions([loss], seen)
+    return found | _attributes(loss) | _of_functions(_methods(type(loss)), seen)
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    values = vars(holder) if hasattr(holder, "__dict__") else {}
+    return {f"attribute {word} of the loss": _described(value) for word, value in values.items()}
+
+
+def _of_functions(functions: list[types.FunctionType], seen: set[int]) -> dict[str, Any]:
+    """Describe what functions of the user's own hold and name, and those that they call."""
+    found: dict[str, Any] = {}
+    waiting = list(functions)
+    for function in waiting:  # grows
+        if id(function) in seen or is_library(function.__module__ or ""):
+            continue
+        seen.add(id(function))
+        name = function.__qualname__
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        held = {
+            f"variable {word} around {name}": cell.cell_contents for word, cell in cells if cell != types.CellType()
+        }
+        held |= {f"attribute {word} of {name}": value for word, value in vars(function).items()}
+        held |= {f"default arguments of {name}": [function.__defaults__, function.__kwdefaults__]}
+        words = {word for code in _codes(function.__code__) for word in code.co_names}
+        held |= {f"global {word}": function.__globals__[word] for word in words if word in function.__globals__}
+        for label, value in held.items():
+            if isinstance(value, types.FunctionType):
+                waiting.append(value)
+            elif not isinstance(value, types.ModuleType | type | nn.Module):
+                found[label] = _described(value)
+    return found
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _described(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911 - one return a kind
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        if type(value) not in (torch.Tensor, nn.Parameter):
+            return ("a value of the pass", id(value))  # what only a forward pass can have put there
+        return (str(value.dtype), tuple(value.shape), _digest(value.detach().cpu()))
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest())
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, torch.Generator):
+        return _digest(value.get_state())
+    if isinstance(value, random.Random):
+        return hash(value.getstate())
+    if depth >= _DEEPEST:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return (
+            "dict",
+            len(value),
+            [(repr(key), _described(item, depth + 1)) for key, item in list(value.items())[:_LONGEST]],
+        )
+    if isinstance(value, list | tuple):
+        return ("list", len(value), [_described(item, depth + 1) for item in value[:_LONGEST]])
+    if isinstance(value, set | frozenset):
+        return ("set", len(value))
+    if isinstance(value, nn.Module | types.ModuleType | types.FunctionType | types.MethodType | type):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    kind = type(value)
+    own = {} if is_library(kind.__module__) or not hasattr(value, "__dict__") else vars(value)
+    return (kind.__qualname__, [(word, _described(item, depth + 1)) for word, item in own.items()])
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    values = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,158 @@
+"""The parts of records' gradients, one a parameter or several: their norms, and their clipped sums, made or never made.
+
+Everything has gateways and their records in front, `[m, b, …]`; sums go to `[m, P]`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from fedray.privacy.clipping import row_norms
+
+
+class Part(Protocol):
+    """The records' gradients in some parameters."""
+
+    def squared_norms(self) -> torch.Tensor:
+        """Return the squared norms `[m, b]`, float64."""
+        ...
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Replace records outside `keep` `[m, b]` by zeros (a factor of 0 would leave NaN)."""
+        ...
+
+    def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
+        """Add each gateway's sum of factor · gradient to `out` `[m, P]`; factors `[m, b]`."""
+        ...
+
+
+class Made:
+    """Gradients `[m, b, D]` of one parameter, each made in full.
+
+    Args:
+        gradient: See above.
+        where: The parameter's columns.
+    """
+
+    def __init__(self, gradient: torch.Tensor, where: slice) -> None:
+        self.gradient = gradient
+        self._where = where
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `Part.squared_norms`."""
+        return row_norms(self.gradient).double().square_()
+
+    def select(self, keep: torch.Tensor) -> None:
+        """See `Part.select`."""
+        self.gradient = torch.where(keep.unsqueeze(2), self.gradient, 0.0)
+
+    def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
+        """See `Part.add_sum`."""
+        out[:, self._where] += self.weighted(factors)
+
+    def weighted(self, factors: torch.Tensor) -> torch.Tensor:
+        """Return the sums `[m, D]`."""
+        return torch.bmm(factors.unsqueeze(1), self.gradient).squeeze(1)
+
+
+class Scattered(Made):
+    """Gradients `[m, b, D]` of several small parameters, whose columns are `columns` `[D]`."""
+
+    def __init__(self, gradient: torch.Tensor, columns: torch.Tensor) -> None:
+        super().__init__(gradient, slice(0))
+        self._columns = columns
+
+    def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
+        """See `Part.add_sum`."""
+        out.index_add_(1, self._columns, self.weighted(factors))
+
+
+class Product:
+    """Gradients e aᵀ of records that use a weight once: never made.
+
+    Args:
+        rows: e `[m, b, out]`.
+        columns: a `[m, b, in]`.
+        where: The weight's columns.
+    """
+
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor, where: slice) -> None:
+        self._rows, self._columns, self._where = rows, columns, where
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `Part.squared_norms`; in float64, as a tiny value times a huge one counts."""
+        rows, columns = (
+            torch.linalg.vector_norm(part, dim=2, dtype=torch.float64) for part in (self._rows, self._columns)
+        )
+        squares: torch.Tensor = (rows * columns).square_()
+        return squares
+
+    def select(self, keep: torch.Tensor) -> None:
+        """See `Part.select`."""
+        self._rows, self._columns = (torch.where(keep.unsqueeze(2), part, 0.0) for part in (self._rows, self._columns))
+
+    def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
+        """See `Part.add_sum`."""
+        weighted = self._rows * factors.unsqueeze(2)
+        out[:, self._where] += torch.bmm(weighted.transpose(1, 2), self._columns).flatten(1)
+
+
+class Rows:
+    """Gradients of an embedding's rows: what is added to which.
+
+    Args:
+        tokens: `[m, b, S]`, or `[S]` when all records have the same.
+        e: `[m, b, S, D]`.
+        num_rows: V.
+        where: The embedding's columns.
+    """
+
+    def __init__(self, tokens: torch.Tensor, e: torch.Tensor, num_rows: int, where: slice) -> None:
+        self._num_rows, self._where = num_rows, where
+        if tokens.dim() == 1:
+            rows, place = torch.unique(tokens, return_inverse=True)
+            if len(rows) < len(tokens):
+                chosen = torch.nn.functional.one_hot(place, len(rows)).to(e.dtype)
+                e = torch.matmul(chosen.t(), e)
+                tokens = rows
+            self._tokens, self._added = tokens.expand(*e.shape[:2], -1), e
+        else:
+            self._tokens, self._added = tokens, added_rows(tokens.flatten(0, 1), e.flatten(0, 1)).view_as(e)
+
+    def squared_norms(self) -> torch.Tensor:
+        """See `Part.squared_norms`."""
+        return row_norms(self._added.flatten(2)).double().square_()
+
+    def select(self, keep: torch.Tensor) -> None:
+        """See `Part.select`."""
+        self._added = torch.where(keep.view(*keep.shape, 1, 1), self._added, 0.0)
+
+    def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
+        """See `Part.add_sum`."""
+        width = self._added.shape[3]
+        weighted = (self._added * factors.view(*factors.shape, 1, 1)).flatten(1, 2)
+        index = self._tokens.flatten(1).unsqueeze(2).expand_as(weighted)
+        table = out[:, self._where].view(len(out), self._num_rows, width)
+        table.scatter_add_(1, index, weighted)
+
+
+def added_rows(tokens: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """Return what each token's row gets in all, at the token's first place, and zeros at its later ones.
+
+    Tokens that occur twice in a record are added up before the norm is taken: gradients that cancel would otherwise be
+    small in the norm and large in what is released.
+
+    Args:
+        tokens: `[n, S]`.
+        e: `[n, S, D]`.
+
+    Returns:
+        `[n, S, D]`.
+    """
+    if tokens.shape[1] == 1:
+        return e
+    same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
+    repeats = same.tril(-1).any(2)
+    return torch.bmm((same & ~repeats.unsqueeze(2)).to(e.dtype), e)
