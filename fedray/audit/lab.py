@@ -157,7 +157,7 @@ class Lab:
 
     def cohort(self, keys: RoundKeys) -> Sequence[int]:
         """Return the gateways that the run would draw for this attempt at a round."""
-        return participation(self.plan, keys.round_key, keys.round_index)
+        return participation(self.plan, keys)
 
     def train(
         self, trainer: Trainer, keys: RoundKeys, gateways: int, shards: GatewayShards

@@ -15,7 +15,7 @@ from fedray.audit.sampler import attack_participation
 from fedray.audit.updates import attack_updates
 from fedray.plan import UserParts
 from tests.audit.coupled import COUPLINGS, Gated, clipped_by_halves, trained_by, unclipped
-from tests.audit.mutants import COHORTS, COUPLED, MUTANTS, cohorts_of, same
+from tests.audit.mutants import COHORTS, COUPLED, MUTANTS
 from tests.audit.worlds import LEVELS, QUICK, plan_of
 
 UNCOUPLED = {level: [name for name in MUTANTS[level] if name not in COUPLED] for level in LEVELS}
@@ -124,6 +124,5 @@ def test_audit_flags_cohorts_that_are_drawn_once(name: str) -> None:
 
 
 def test_audit_passes_cohorts_that_are_drawn_for_each_attempt() -> None:
-    with cohorts_of(same):
-        found = attack_participation(Lab(plan_of("gateway", participation=0.5), QUICK))
+    found = attack_participation(Lab(plan_of("gateway", participation=0.5), QUICK))
     assert [finding.verdict for finding in found] == ["consistent"] * 3
