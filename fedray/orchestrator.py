@@ -253,6 +253,7 @@ class Orchestrator:
             charges,
             found,
             disjoint=plan.federation.disjoint,
+            isolation=plan.isolation,
             rounds=session.round,
             extended=session.ledger.extensions > 0,
             incomplete=session.ledger.incomplete_rounds,
