@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-Inputs = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
+from fedray.data.inputs import Inputs
+from fedray.models import cross_entropy
+
 Records = tuple[Inputs, torch.Tensor]
+class_losses = cross_entropy  # fedray's default
 NUM_CLASSES = 10
 IGNORED = -100  # a target that torch's cross-entropy leaves out
 
@@ -58,11 +61,6 @@ class Family:
     bars: Bars = Bars()
 
 
-def class_losses(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each record, `[n]`, from scores `[n, classes]`."""
-    return functional.cross_entropy(output, target, reduction="none")
-
-
 def token_losses(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return each record's mean cross-entropy over its tokens, `[n]`, from `[n, tokens, vocabulary]`.
 
@@ -93,15 +91,6 @@ def tokens(length: int, vocabulary: int) -> Callable[[int, torch.Generator], Rec
 def labels(number: int, generator: torch.Generator) -> torch.Tensor:
     """Draw class indices."""
     return torch.randint(NUM_CLASSES, (number,), generator=generator)
-
-
-def select(x: Inputs, index: torch.Tensor | slice) -> Inputs:
-    """Return some of the records."""
-    if isinstance(x, torch.Tensor):
-        return x[index]
-    if isinstance(x, tuple):
-        return tuple(part[index] for part in x)
-    return {name: part[index] for name, part in x.items()}
 
 
 def call(model: nn.Module, x: Inputs) -> torch.Tensor:
