@@ -84,6 +84,8 @@ def new_trainer(
         )
 
         return OpacusTrainer(model, training, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions would be three digits from those of a CPU
     isolation: Isolation = "sequence" if engine == "sequence" else isolation_of(engine, model)
 
     def program_of(shard: Shard) -> Program:

@@ -252,8 +252,9 @@ def _group_norm(
     """GroupNorm with its scale apart, so that a weight's gradient per record is a product and a sum."""
     found: torch.Tensor = _A.group_norm.default(x, groups, None, None, eps)
     shape = [1, -1, *([1] * (x.dim() - 2))]
-    found = found if weight is None else found * weight.reshape(shape)
-    return found if bias is None else found + bias.reshape(shape)
+    return _affine(
+        found, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape)
+    )
 
 
 def _layer_norm(
@@ -266,9 +267,14 @@ def _layer_norm(
     _cudnn: bool = True,
 ) -> torch.Tensor:
     """LayerNorm with its scale apart."""
-    found: torch.Tensor = _A.layer_norm.default(x, shape, None, None, eps)
-    found = found if weight is None else found * weight
-    return found if bias is None else found + bias
+    return _affine(_A.layer_norm.default(x, shape, None, None, eps), weight, bias)
+
+
+def _affine(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    if weight is not None and bias is not None:
+        return torch.addcmul(bias, x, weight)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
 
 
 def _instance_norm(

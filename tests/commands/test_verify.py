@@ -46,9 +46,11 @@ def _edit_line(run: Path, name: str, index: int, change: Callable[[dict[str, Any
 
 
 def _rechain(run: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
-    """Change ledger lines and forge the chain, the checkpoints' memory of it, the card's digests and the manifest."""
+    """Change the ledger behind its first line, the opening, and forge chain, checkpoints' memory, digests and manifest."""
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    change(lines)
+    opening, rest = lines[:1], lines[1:]
+    change(rest)
+    lines = opening + rest
     head, written = Ledger(None).head, []
     for line in lines:
         written.append(json.dumps({**line, "previous": head}))
@@ -201,10 +203,10 @@ def test_verify_catches_false_metrics_with_forged_digests(
     [
         (lambda lines: lines.pop(), "round 3 is recorded but the ledger never charged it"),
         (lambda lines: lines.pop(0), "round 1 is recorded but the ledger never charged it"),
-        (lambda lines: lines[1].update(steps=1), "line 2 charges 1 steps"),
-        (lambda lines: lines[1].update(gateways=[[0, 4]]), "line 2 charges [[0, 4]]"),
-        (lambda lines: lines[1].update(gateways=7), "line 2 charges 7"),
-        (lambda lines: lines[1].update(gateways=[[0, 1, 2]]), "line 2 charges"),
+        (lambda lines: lines[1].update(steps=1), "line 3 charges 1 steps"),
+        (lambda lines: lines[1].update(gateways=[[0, 4]]), "line 3 charges [[0, 4]]"),
+        (lambda lines: lines[1].update(gateways=7), "line 3 charges 7"),
+        (lambda lines: lines[1].update(gateways=[[0, 1, 2]]), "line 3 charges"),
         (lambda lines: lines[1].update(steps=None), "whole numbers"),
         (lambda lines: lines[1].update(level="none"), "was charged at level 'none'"),
         (lambda lines: lines[1].update(event="gift"), "does not know: 'gift'"),

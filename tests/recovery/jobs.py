@@ -109,6 +109,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def entries(run: Path) -> list[dict[str, Any]]:
+    """Return a run's ledger without its openings, of which an unseeded run has one each time that it starts."""
+    return [entry for entry in lines(run / "ledger.jsonl") if entry["event"] != "opening"]
+
+
 def round_keys(run: Path) -> int:
     """Return how many checkpoints of a run directory hold a round key, or cannot be read."""
     texts = [checkpoint_texts(file) for file in checkpoints(run)]

@@ -18,7 +18,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 import fedray
 from fedray.cli import main
 from fedray.privacy.accounting import gaussian_epsilon
-from tests.recovery.jobs import SMALL, assert_true, in_child, lines, outcome, round_keys, train
+from tests.recovery.jobs import SMALL, assert_true, entries, in_child, lines, outcome, round_keys, train
 
 MILLION: dict[str, Any] = {
     "gateways": 1_000_000,
@@ -92,7 +92,7 @@ def test_no_file_but_the_private_one_tells_the_cohort(million: Path) -> None:
         for file in public:
             words = set(file.read_text(errors="ignore").replace("[", " ").replace("]", " ").replace(",", " ").split())
             assert not words.intersection(ids), file
-    for entry in lines(run / "ledger.jsonl"):
+    for entry in entries(run):
         assert (entry["event"], entry["gateways"]) == ("charge", [[0, 999_999]])
     for record in lines(run / "metrics.jsonl"):
         expected = 100 * 2 * 8 / record["seconds"]["total"]
@@ -136,7 +136,7 @@ def test_drops_of_a_secret_cohort_are_not_named(
 
     monkeypatch.setattr(InlinePool, "collect", late)
     run = train(disk / "run", gateways=60, participation=0.5, on_failure="drop")
-    assert [(entry["event"], entry["gateways"]) for entry in lines(run.path / "ledger.jsonl")] == [
+    assert [(entry["event"], entry["gateways"]) for entry in entries(run.path)] == [
         ("charge", [[0, 59]]),
         ("arrival", []),
     ] * 3

@@ -13,7 +13,7 @@ from fedray.cli import main
 from fedray.pool.inline_pool import InlinePool
 from fedray.pool.ray_pool import RayPool
 from tests.recovery import faulty_parts
-from tests.recovery.jobs import assert_true, lines
+from tests.recovery.jobs import assert_true, entries, lines
 
 GROUPS = [*("--gateways", "4", "--gateways-per-actor", "2", "--rounds", "3", "--local-steps", "2")]
 
@@ -81,7 +81,7 @@ def test_failing_gateway_ends_the_run_by_name(
         assert word in error
     assert "python -m fedray --resume" in said.splitlines()[-1]
     assert len(lines(outdir / "metrics.jsonl")) == 1
-    assert [entry["round"] for entry in lines(outdir / "ledger.jsonl")] == [1, 2]
+    assert [entry["round"] for entry in entries(outdir)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,7 @@ def test_failing_gateway_is_left_out_charged_and_recorded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert run(outdir, data, pool, level, "--on-failure", "drop") == 0
-    entries = [(entry["event"], entry["round"], entry["gateways"]) for entry in lines(outdir / "ledger.jsonl")]
-    assert entries == [
+    assert [(entry["event"], entry["round"], entry["gateways"]) for entry in entries(outdir)] == [
         ("charge", 1, [[0, 3]]),
         ("charge", 2, [[0, 3]]),
         ("arrival", 2, [[0, 0], [2, 3]]),
