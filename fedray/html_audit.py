@@ -13,7 +13,7 @@ _SHARED = ("noise_multiplier", "clip_norm", "sample_rate", "batch_size")
 _NAMES = {
     "claim": "claimed at most",
     "lower_bound": "proven at least",
-    "smallest_leak_caught": "would have caught a leak of (times the claim)",
+    "smallest_leak_caught": "would have caught a leak of (times the claim; where that is 0: of the measure)",
     "measure": "measured in",
     "gate": "decides the verdict",
 }
@@ -32,7 +32,7 @@ def content(audit: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
     notes = _list(audit, "notes")
     return "".join(
         [
-            _verdict(audit, len(attacks)),
+            _verdict(audit, sum(attack.get("verdict") not in ("powerless", "report") for attack in attacks)),
             _mismatch(audit, privacy),
             f'<div class="cards">{"".join(map(_attack, attacks))}</div>' if attacks else "",
             _outliers(_list(audit, "outliers")),

@@ -95,6 +95,7 @@ def privacy_card(
     guarantees: Sequence[Guarantee],
     *,
     disjoint: bool,
+    isolation: str,
     rounds: int,
     extended: bool,
     incomplete: Sequence[int],
@@ -109,6 +110,7 @@ def privacy_card(
         charges: What the ledger charged to the most charged gateway.
         guarantees: What holds after them.
         disjoint: Whether fedray cut the shards itself.
+        isolation: How records were kept apart, see `fedray.training.engines.Isolation`.
         rounds: Finished rounds.
         extended: Whether rounds were added to a finished run.
         incomplete: Rounds in which gateways were left out.
@@ -131,6 +133,7 @@ def privacy_card(
         "steps": charges.steps,
         "delta": spec.delta,
         "guarantees": [guarantee.as_dict() for guarantee in guarantees],
+        "isolation": isolation,
         "rng": {
             "noise": _noise_source(spec, device),
             "root_key": "from --seed: simulation only, the noise is predictable" if seeded else "operating system",

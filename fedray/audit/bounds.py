@@ -7,6 +7,7 @@ refutes the claim. The suite and the audit use alpha = 1e-6 an attack.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,46 +112,106 @@ def gaussian_bound(scores: Scores, alpha: float = ALPHA, gap: float = 1.0) -> fl
     return min(LARGEST_MU, max(0.0, gap * (mean / scale - margin))) if scale > 0 else LARGEST_MU
 
 
-def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Return the p-value of "(epsilon, delta)-DP" after one run (Steinke, Nasr and Jagielski 2023, Theorem 5.2).
+def noise_bound(squares: float, number: int, alpha: float = ALPHA) -> float:
+    """Return a lower bound of mu from the noise itself (T1): C over the largest standard deviation that it may have.
 
-    q = 1/(1+e^-eps); beta = P[Bin(r,q) ≥ v]; a = max over 1≤i≤v of (P[Bin(r,q) ≥ v−i] − beta)/i;
-    p = min(1, beta + 2·m·delta·a).
+    s_hi = sqrt(sum(x²)/chi²_{alpha, n}); mu_lb = 1/s_hi.
 
     Args:
-        canaries: m, each included with probability 1/2.
-        guesses: r, how many the attacker guessed (the number was fixed beforehand).
-        right: v, how many guesses were right.
-        epsilon: Of the claim.
-        delta: Of the claim.
-    """
-    rate = 1.0 / (1.0 + math.exp(-epsilon))
-    beta = float(stats.binom.sf(right - 1, guesses, rate))
-    if right == 0:
-        return 1.0
-    tails = np.cumsum(stats.binom.pmf(np.arange(right - 1, -1, -1), guesses, rate))  # P[v−i ≤ Bin < v], i = 1 … v
-    slope = float((tails / np.arange(1, right + 1)).max())
-    return min(1.0, beta + 2 * canaries * delta * slope)
-
-
-def one_run_epsilon(canaries: int, guesses: int, right: int, delta: float, alpha: float = ALPHA) -> float:
-    """Return eps_lb = sup{eps: p ≤ alpha}, the largest epsilon that one run refutes (T6; Steinke et al. 2023).
+        squares: Sum of the squares of n coordinates of noise, in units of C.
+        number: n.
+        alpha: Chance to exceed the truth.
 
     Guarantee:
-        Exceeds an epsilon for which the mechanism is (epsilon, delta)-DP with probability at most alpha.
+        Exceeds the mu of adding or removing a vector of norm C along these coordinates with probability at most alpha, when
+        their noise is normal and independent.
 
     Edge cases:
-        0 when nothing is refuted; always so when 2·m·delta exceeds alpha by much: delta must be ≤ 1e-12 for alpha = 1e-6.
+        0 without coordinates. Without any noise: 1e6, since JSON has no infinity.
     """
-    if one_run_p_value(canaries, guesses, right, 0.0, delta) > alpha:
+    if number == 0:
         return 0.0
-    low, high = 0.0, 1.0
-    while one_run_p_value(canaries, guesses, right, high, delta) <= alpha:
-        low, high = high, 2 * high
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        refuted = one_run_p_value(canaries, guesses, right, middle, delta) <= alpha
-        low, high = (middle, high) if refuted else (low, middle)
+    quantile = float(stats.chi2.ppf(alpha, number))
+    return min(LARGEST_MU, math.sqrt(quantile / squares)) if squares > 0 else LARGEST_MU
+
+
+def correlation_limit(size: int, alpha: float) -> float:
+    """Return what the correlation of two independent normal vectors `[size]` exceeds with probability alpha, either way.
+
+    r² follows Beta(1/2, (size − 1)/2), whatever the vectors' scales are. Vectors of one value always correlate: 1.
+    """
+    return math.sqrt(float(stats.beta.isf(alpha, 0.5, (size - 1) / 2))) if size > 1 else 1.0
+
+
+def distance_limit(number: int, alpha: float) -> float:
+    """Return what the distance of an empirical distribution from the true one exceeds with probability at most alpha.
+
+    Dvoretzky, Kiefer and Wolfowitz 1956, with the constant of Massart 1990.
+    """
+    return math.sqrt(math.log(2 / alpha) / (2 * number))
+
+
+class TradeOff:
+    """A trade-off function (Dong et al. 2019), below that of every mechanism which is (epsilon, delta)-DP for all pairs given.
+
+    f(x) = max over pairs of max(0, 1 − delta − e^eps·x, e^−eps·(1 − delta − x)).
+
+    Args:
+        pairs: (epsilon, delta), epsilon ≥ 0. More pairs give a sharper function; none gives 0.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[float, float]]) -> None:
+        finite = [pair for pair in pairs if math.isfinite(pair[0])]
+        self._slopes = np.exp(np.array([epsilon for epsilon, _ in finite]))
+        self._tops = 1.0 - np.array([delta for _, delta in finite])
+
+    def __call__(self, level: float) -> float:
+        """Return the smallest type II error at a type I error of `level`."""
+        lines = np.concatenate([self._tops - self._slopes * level, (self._tops - level) / self._slopes])
+        return max(0.0, float(lines.max(initial=0.0)))
+
+
+def one_run_possible(
+    trade_off: Callable[[float], float], canaries: int, guesses: int, right: int, alpha: float
+) -> bool:
+    """Tell whether an f-DP mechanism can let an attacker guess `right` or more with probability alpha (T6).
+
+    Let p_v be the probability of v right guesses of r, A_i = sum_{v≥i} v·p_v/m and B_i = sum_{v≥i} (r−v)·p_v/m: the chance
+    that a random one of m canaries is guessed rightly (wrongly) while at least i guesses are right. Exchanging that canary
+    turns one event into the other with i − 1, so that B_{i−1} ≥ f(1 − A_i) by f-DP and Jensen's inequality. From the least
+    possible A and B at `right`, the recursion goes down to 0; more than all probability there is impossible (Mahloujifar,
+    Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run").
+
+    Args:
+        trade_off: f, symmetric, of exchanging "in" for "out" of one canary.
+        canaries: m, each included with probability 1/2.
+        guesses: r, how many the attacker guessed (the number was fixed beforehand).
+        right: How many guesses were right.
+        alpha: The probability in question.
+    """
+    correct = alpha * right / canaries
+    wrong = alpha * (guesses - right) / canaries
+    everything = guesses / canaries
+    for number in range(right - 1, -1, -1):
+        needed = max(wrong, trade_off(1.0 - correct))
+        correct += number / (guesses - number) * (needed - wrong)
+        wrong = needed
+        if correct + wrong > everything:
+            return False
+    return True
+
+
+def one_run_limit(trade_off: Callable[[float], float], canaries: int, guesses: int, alpha: float = ALPHA) -> int:
+    """Return the most right guesses that f-DP allows but for a probability below alpha; `guesses` when it allows all (T6).
+
+    Guarantee:
+        A mechanism that is f-DP for each canary lets an attacker guess more rightly with probability at most alpha.
+    """
+    low, high = 0, guesses + 1  # `low` right guesses are possible, `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        possible = one_run_possible(trade_off, canaries, guesses, middle, alpha)
+        low, high = (middle, high) if possible else (low, middle)
     return low
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,14 +54,6 @@ class Directions:
         unit = np.zeros((number, self.size))
         unit[np.arange(number), np.arange(number)] = 1.0
         return self.combine(unit).astype(np.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CanaryRecords:
-    """Records that stand out, and in which way."""
-
-    kind: str
-    records: Shard
 
 
 def mislabelled(
@@ -137,13 +128,3 @@ def clipped(vectors: Float32Array, clip_norm: float) -> npt.NDArray[np.float64]:
     rows[~np.isfinite(norms[:, 0])] = 0.0
     scale = np.minimum(1.0, clip_norm / np.maximum(norms, 1e-300))
     return rows * np.where(np.isfinite(scale), scale, 0.0)
-
-
-def layer_by_layer(vector: npt.NDArray[np.float64], layout: Layout) -> npt.NDArray[np.float64]:
-    """Return the unit vector in which every parameter tensor has the same share: it finds clipping layer by layer."""
-    out = np.zeros_like(vector)
-    for _, _, where in layout.slices():
-        norm = np.linalg.norm(vector[where])
-        out[where] = vector[where] / norm if norm > 0 else 0.0
-    norm = np.linalg.norm(out)
-    return out / norm if norm > 0 else out

@@ -18,27 +18,27 @@ import torch
 
 from fedray.aggregation import GroupResult, gather
 from fedray.audit import power
-from fedray.audit.bounds import Scores, canary_gateways_mu, count, game_bound
-from fedray.audit.canaries import Directions, mislabelled
-from fedray.audit.directions import LARGEST_PLAYABLE_MU
+from fedray.audit.bounds import Scores, canary_gateways_mu, count, game_bound, gaussian_bound
+from fedray.audit.canaries import Directions
 from fedray.audit.finding import Finding
-from fedray.audit.lab import Lab, SameShard
-from fedray.audit.pooled import planted_half, pooled_finding, pooled_releases
-from fedray.data.shards import Shard
+from fedray.audit.lab import LARGEST_PLAYABLE_MU, Float32Array, Lab
+from fedray.audit.releases import Place, attempts
 from fedray.pool.worker import Worker
 from fedray.privacy import mechanism
 from fedray.privacy.ledger import ranges_of
 from fedray.streams import RoundKeys
 from fedray.training.trainer import GatewayShards, StepObserver
 
-Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 _HUGE = 100.0  # times C: what a canary gateway answers before the worker clips it
 _RECORDED = 16  # real gateways in the sum, at most
 _CANARIES = 256  # canary gateways in one sum of T7, at most
 _CANARY_BYTES = 2**27
 _CANARIES_T8 = 50
+_PRECISION = 0.03  # of the canaries' mean in T7, in units of C
+_MOST_SUMS = 4000  # of T7
 _ROUNDS_T8 = 10
+_NOISE_ROUNDS = 8
 
 
 class _CanaryTrainer:
@@ -98,18 +98,6 @@ class Federation:
         ids = range(self.num_gateways, self.num_gateways + len(updates))
         return self._gathered([self._recorded, worker.train(lab.keys("canaries"), lab.params, ids)])
 
-    def poisoned_update(self) -> Float32Array:
-        """Return the unclipped update `[P]` of a gateway that trains on mislabelled records."""
-        lab = self._lab
-        shard = lab.shards[0]
-        number = min(shard.num_records, 4 * lab.spec.batch_size)
-        records = mislabelled(lab.plan.model, shard, number, lab.rng("poisoned"), lab.plan.class_labels)
-        updates = lab.trainer(lab.spec).train(
-            lab.keys("poisoned"), lab.params, [0], SameShard(_repeated(records, shard))
-        )
-        update: Float32Array = updates[0]
-        return update
-
     def residual(self, sum_: Sum, rest: Sum, keys: RoundKeys) -> Float64Array:
         """Release a sum by the real mechanism; return what is left of it in units of C when the known rest is taken off."""
         spec = self._lab.spec
@@ -122,31 +110,20 @@ class Federation:
         return Sum(total=total, weight=weight, gateways=ids)
 
 
-def _repeated(records: Shard, like: Shard) -> Shard:
-    """Return as many records as the real shard has, so that batches are as large as its own."""
-    return records.records(torch.arange(like.num_records) % records.num_records)
-
-
 def attack_aggregation(lab: Lab) -> list[Finding]:
-    """Run T5 with a canary vector and with a poisoned gateway, T7 with many canaries, and T8 as a report."""
+    """Run T5 and T7 with canary gateways, and T8 as a report."""
     federation = Federation(lab)
-    rng = lab.rng("central")
-    vector = Directions(lab.num_params, rng).first(1)[0].astype(np.float64)
-    poisoned = federation.poisoned_update().astype(np.float64)
-    found = [_game(lab, federation, "canary gateway", vector, _HUGE * lab.clip_norm)]
-    length = float(np.linalg.norm(poisoned))
-    if np.isfinite(length) and length > 0:
-        found.append(_game(lab, federation, "poisoned gateway", poisoned / length, length))
-    return [*found, *_pooled(lab, federation), _canary_gateways(lab, federation)]
+    vector = Directions(lab.num_params, lab.rng("central")).first(1)[0].astype(np.float64)
+    return [_game(lab, federation, vector), *_pooled(lab, federation), _canary_gateways(lab, federation)]
 
 
-def _game(lab: Lab, federation: Federation, who: str, direction: Float64Array, length: float) -> Finding:
+def _game(lab: Lab, federation: Federation, direction: Float64Array) -> Finding:
     """T5: is the gateway's update in the sum, or zero? In every other round it sends the opposite."""
     # A canary that would be recognised nearly always is made shorter; the claim shrinks with it.
     rounds = lab.attacked_steps(lab.plan.config.rounds, at_least=2)
     full = math.sqrt(rounds) / lab.sigma
-    strength = min(1.0, length / lab.clip_norm, LARGEST_PLAYABLE_MU / full)
-    length = length if strength == 1.0 else strength * lab.clip_norm
+    strength = min(1.0, LARGEST_PLAYABLE_MU / full)
+    length = lab.clip_norm * (_HUGE if strength == 1.0 else strength)
     rest = federation.rest()
     ways = [federation.with_canaries((sign * length * direction)[None].astype(np.float32)) for sign in (1, -1)]
 
@@ -154,7 +131,7 @@ def _game(lab: Lab, federation: Federation, who: str, direction: Float64Array, l
         out = np.zeros(runs)
         for run in range(runs):
             for step in range(rounds):
-                keys = lab.keys(f"{who} {present} {runs}", run, step + 1)
+                keys = lab.keys(f"canary gateway {present} {runs}", run, step + 1)
                 way = ways[step % 2] if present else rest
                 out[run] += (1 - 2 * (step % 2)) * (federation.residual(way, rest, keys) @ direction)
         return out
@@ -163,7 +140,7 @@ def _game(lab: Lab, federation: Federation, who: str, direction: Float64Array, l
     with_canary, without = scores(runs, True), scores(runs, False)
     claim = strength * full
     return Finding(
-        name=f"T5 {who}",
+        name="T5 canary gateway",
         level=lab.spec.noise_level,
         unit="gateway",
         adjacency="zero-out",
@@ -178,24 +155,54 @@ def _game(lab: Lab, federation: Federation, who: str, direction: Float64Array, l
 
 
 def _pooled(lab: Lab, federation: Federation) -> list[Finding]:
-    """T7: many canary gateways in each sum, held against 1/sigma a round."""
+    """T7: many canary gateways in each sum, read against directions without one, held against 1/sigma a round."""
     directions = Directions(lab.num_params, lab.rng("pooled directions"))
-    most = max(1, min(_CANARIES, _CANARY_BYTES // (8 * lab.num_params)))
-    planted = planted_half(directions.size, lab.rng("pooled"), most)
-    number = int(planted.sum())
+    number = min(directions.size // 2, max(1, min(_CANARIES, _CANARY_BYTES // (8 * lab.num_params))))
     if number == 0:
         return []  # a model of one parameter has no free direction
+    planted = np.zeros(directions.size, np.bool_)
+    planted[lab.rng("pooled").permutation(directions.size)[:number]] = True
     units = np.zeros((number, directions.size))
     units[np.arange(number), np.flatnonzero(planted)] = _HUGE * lab.clip_norm
     everyone, rest = federation.with_canaries(directions.combine(units).astype(np.float32)), federation.rest()
     scores, rounds, start = Scores(), 0, time.perf_counter()
-    while rounds < pooled_releases(lab, number):
+    needed = min(_MOST_SUMS, math.ceil((4.9 * max(lab.sigma, 1.0) / _PRECISION) ** 2 / number))
+    while rounds < needed:
         read = directions.coefficients(federation.residual(everyone, rest, lab.keys("pooled", rounds)))
         scores.add(read[planted], read[~planted])
         rounds += 1
         if time.perf_counter() - start > lab.effort.game_seconds:
             break  # the clock decides, not what was released
-    return [pooled_finding(lab, scores, f"{rounds} sums with {number} canary gateways each", "round")]
+    claim = 1.0 / lab.sigma
+    finding = Finding(
+        name="T7 one-run Gaussian",
+        level=lab.spec.noise_level,
+        unit="gateway",
+        adjacency="zero-out",
+        claim=claim,
+        lower_bound=gaussian_bound(scores),
+        smallest_leak_caught=power.gaussian_leak(claim, scores.canaries, scores.free),
+        text=f"{scores.canaries} orthogonal canaries of norm C in {rounds} sums with {number} canary gateways each, "
+        f"{scores.free} canary-free directions for the scale of the noise, which is taken to be normal. Claim: mu = 1/sigma a "
+        "round.",
+    )
+    return [finding]
+
+
+def aggregate_noise(
+    lab: Lab, kept: npt.NDArray[np.int64], rounds: int = _NOISE_ROUNDS
+) -> dict[Place, npt.NDArray[np.float32]]:
+    """Return the noise `[d]` of real sums in units of C, by round, attempt and (as "step") set of gateways that arrived."""
+    federation = Federation(lab)
+    full = federation.rest()
+    sums = [full]
+    if federation.num_gateways > 1:  # the same total: what is left is noise, whoever is said to have arrived
+        sums.append(Sum(total=full.total, weight=full.weight - 1, gateways=full.gateways[:-1]))
+    return {
+        Place(keys.round_index, keys.attempt, 0, number): federation.residual(sum_, full, keys)[kept].astype(np.float32)
+        for keys in attempts(lab, "aggregate noise", rounds)
+        for number, sum_ in enumerate(sums)
+    }
 
 
 def _canary_gateways(lab: Lab, federation: Federation) -> Finding:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.aggregation import FedAvg, gather
 from fedray.data.shards import Shard, ShardCache
+from fedray.orchestrator import participation
 from fedray.plan import Plan
-from fedray.pool.worker import resolve_device
+from fedray.pool import worker
+from fedray.privacy import mechanism
+from fedray.privacy.ledger import ranges_of
+from fedray.privacy.levels import Adjacency, level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.streams import RoundKeys, derive_key, numpy_generator
-from fedray.training.engines import new_trainer
-from fedray.training.trainer import GatewayShards, Trainer
+from fedray.training import engines
+from fedray.training.trainer import GatewayShards, LocalTraining, Trainer
 
+Float32Array = npt.NDArray[np.float32]
 _PILOT_RUNS = 64
 _PART_BYTES = 64 * 2**20  # of updates at a time
 _FEWEST_RUNS = 300  # half the noise is caught with so many
+_TRAINED_ROUNDS = 3  # before the attacks: what is zero at the start (gates, LoRA) has moved by then
+_TRAINED_GATEWAYS = 64
+LARGEST_PLAYABLE_MU = 3.0  # above it two worlds are told apart nearly always, so that counting cannot tell how well
+QUIET = 1e-9  # a noise multiplier that stands for none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +42,8 @@ class Effort:
 
     Args:
         runs: Repetitions a world, at most.
-        game_seconds: What one game may take; fewer runs are played where each is slow.
-        training_seconds: What the training of a whole run may take; fewer rounds are attacked where it is slow.
+        game_seconds: What one attack may take; fewer runs are played where each is slow.
+        training_seconds: What the training before the attacks may take; fewer rounds are trained where it is slow.
         trials: Groups of uploads that the outlier report looks at.
     """
 
@@ -41,8 +53,8 @@ class Effort:
     trials: int
 
 
-DEFAULT = Effort(runs=5000, game_seconds=5.0, training_seconds=12.0, trials=24)
-THOROUGH = Effort(runs=40_000, game_seconds=60.0, training_seconds=120.0, trials=150)
+DEFAULT = Effort(runs=5000, game_seconds=5.0, training_seconds=5.0, trials=24)
+THOROUGH = Effort(runs=40_000, game_seconds=60.0, training_seconds=30.0, trials=150)
 
 
 class SameShard:
@@ -59,7 +71,7 @@ class Lab:
     """The run under attack.
 
     Args:
-        plan: The run's own plan; nothing is trained or charged by it.
+        plan: The run's own plan; nothing is charged by it.
         effort: How much to try.
     """
 
@@ -68,8 +80,7 @@ class Lab:
         self.effort = effort
         self.spec = plan.spec
         self.num_params = plan.layout.num_params
-        self.params = plan.layout.flatten(plan.model)
-        self.device = resolve_device(plan.config.device)
+        self.device = worker.resolve_device(plan.config.device)
         self.shards = ShardCache(plan.setup.shards, plan.setup.rules)
         self.warm_model: torch.nn.Module | None = None  # see scenes.warmed_up
 
@@ -83,6 +94,45 @@ class Lab:
         """The claimed noise multiplier; claims are computed from it, bounds never."""
         return self.spec.noise_multiplier
 
+    @property
+    def by_record(self) -> bool:
+        """Whether single records are clipped."""
+        return level_of(self.spec).local == "record"
+
+    @property
+    def divisor(self) -> float:
+        """What a local step divides its noised sum by."""
+        return float(self.spec.batch_size) if self.by_record else 1.0
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """The neighbouring relation of the level's first claim."""
+        return level_of(self.spec).claims(self.spec)[0].adjacency
+
+    @cached_property
+    def params(self) -> Float32Array:
+        """Parameters `[P]` after a few rounds of the run itself, noise and all: attacks on initial ones miss what grows."""
+        initial = self.plan.layout.flatten(self.plan.model)
+        trainer = worker.Worker(replace(self.plan.setup, max_update_norm=None), self.device)
+        cohort = range(min(self.plan.config.gateways, _TRAINED_GATEWAYS))
+        params, keys, server, start = initial, self.keys("trained"), FedAvg(), time.perf_counter()
+        for _ in range(min(_TRAINED_ROUNDS, self.plan.config.rounds)):
+            total, weight, arrived = gather(
+                [trainer.train(keys, params, cohort)], self.plan.layout, torch.device("cpu")
+            )
+            params = server.step(params, mechanism.aggregate(self.spec, keys, total, weight, ranges_of(arrived)))
+            keys = keys.following()
+            if time.perf_counter() - start > self.effort.training_seconds:
+                break
+        return params if np.isfinite(params).all() else initial
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """A copy of the model that holds `params`."""
+        model = copy.deepcopy(self.plan.model)
+        self.plan.layout.load(model, self.params)
+        return model
+
     def trainer(self, spec: PrivacySpec, plain_steps: float | None = None) -> Trainer:
         """Return the run's trainer.
 
@@ -90,17 +140,24 @@ class Lab:
             spec: Public constants (the run's, or with other steps or rate).
             plain_steps: Learning rate of plain SGD in place of the run's optimizer: then the update shows what was released.
         """
-        training = replace(self.plan.training, privacy=spec)
-        if plain_steps is not None:
-            training = replace(training, optimizer="sgd", lr=plain_steps)
         setup = self.plan.setup
-        return new_trainer(setup.engine, setup.model, training, self.device, program=setup.program)
+        training = self.training(spec, plain_steps)
+        return engines.new_trainer(setup.engine, setup.model, training, self.device, program=setup.program)
+
+    def training(self, spec: PrivacySpec, plain_steps: float | None = None) -> LocalTraining:
+        """Return how gateways train, as `trainer` takes it."""
+        training = replace(self.plan.training, privacy=spec)
+        return training if plain_steps is None else replace(training, optimizer="sgd", lr=plain_steps)
 
     def keys(self, attack: str, number: int = 0, round_index: int = 1) -> RoundKeys:
         """Return keys that no run and no other attack uses."""
         return RoundKeys(
             round_key=derive_key(self.plan.first_round_key, f"audit {attack}", number), round_index=round_index
         )
+
+    def cohort(self, keys: RoundKeys) -> Sequence[int]:
+        """Return the gateways that the run would draw for this attempt at a round."""
+        return participation(self.plan, keys)
 
     def train(
         self, trainer: Trainer, keys: RoundKeys, gateways: int, shards: GatewayShards

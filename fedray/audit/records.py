@@ -1,9 +1,11 @@
-"""Attacks on local noise with real records as canaries (T5): clipping itself is under attack, not the noise alone."""
+"""T5: a distinguishing game with real records, from the shard to the update, with nothing observed inside of the trainer.
+
+Needs no shape of the noise: it counts how often the two worlds are told apart.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,42 +13,35 @@ import numpy.typing as npt
 
 from fedray.audit import power
 from fedray.audit.bounds import Scores, count, game_bound, gaussian_bound
-from fedray.audit.canaries import (
-    Directions,
-    clipped,
-    layer_by_layer,
-    mislabelled,
-    out_of_distribution,
-    record_gradients,
-)
-from fedray.audit.directions import LARGEST_PLAYABLE_MU, few_records
+from fedray.audit.canaries import Directions, clipped, mislabelled, out_of_distribution, record_gradients
 from fedray.audit.finding import Finding
-from fedray.audit.lab import Lab, SameShard
+from fedray.audit.lab import LARGEST_PLAYABLE_MU, Lab, SameShard
+from fedray.audit.neighbours import chosen
 from fedray.data.shards import Shard, joined
-from fedray.privacy.levels import Adjacency, Unit, level_of
+from fedray.privacy.levels import Adjacency, Unit
+from fedray.training.trainer import Trainer
 
 Float64Array = npt.NDArray[np.float64]
 _FREE = 14  # directions that are read for the scale of the noise
 _STEP = 3e-4  # how far a coordinate moves a step: far enough for float32, so little that gradients stay what they were
+_OTHERS = 3  # records beside the canary, which the attacker knows
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Way:
-    """One direction along which the attacker looks for one canary.
+class Canary:
+    """What the attacker looks for.
 
     Args:
-        kind: Of the canary.
+        kind: Of the records.
         records: What the gateway trains on in the world with the canary.
-        direction: `[P]`, unit length.
-        shift: How far the canary, honestly clipped, moves the sum along it.
-        note: Says which direction it is.
+        direction: `[P]`, unit length, along which it looks.
+        shift: How far the canary, honestly clipped, moves the sum along it, in units of C.
     """
 
     kind: str
     records: Shard
     direction: Float64Array
     shift: float
-    note: str
 
 
 def attack_records(lab: Lab) -> list[Finding]:
@@ -55,79 +50,88 @@ def attack_records(lab: Lab) -> list[Finding]:
     `sample`: the record is in the shard beside a few known ones, or not: sqrt(L)/sigma. `batch`: the shard holds such
     records only, or the gateway stays silent (zero-out): sqrt(L)/sigma.
     """
-    by_record = level_of(lab.spec).local == "record"
-    ways = [way for kind, make in _KINDS for way in _ways(lab, kind, make)]
-    if not ways:
+    canary = canary_of(lab)
+    if canary is None:
         return []  # the model does not see these records at all: there is nothing to recognise
     steps = lab.attacked_steps(lab.spec.local_steps)
     free = Directions(lab.num_params, lab.rng("free")).first(_FREE)
-    directions = np.concatenate([np.stack([way.direction for way in ways]).astype(np.float32), free])
+    directions = np.concatenate([canary.direction[None].astype(np.float32), free])
     known = np.zeros(len(directions))
-    if by_record:
-        gradients = record_gradients(lab.plan.model, lab.plan.training.loss, few_records(lab))
+    if lab.by_record:
+        gradients = record_gradients(lab.model, lab.plan.training.loss, _others(lab))
         known = directions.astype(np.float64) @ clipped(gradients, lab.clip_norm).sum(axis=0)
 
-    def read(world: str, records: Shard, runs: int, rate: float = 1.0) -> Float64Array:
-        return (_readings(lab, world, records, directions, steps, runs, rate) - steps * known) / lab.clip_norm
+    lr = _STEP * lab.divisor / (lab.sigma * lab.clip_norm)
+    spec = replace(lab.spec, local_steps=steps, sample_rate=1.0)
+    drawing_all = lab.trainer(spec, plain_steps=lr)
 
-    runs = lab.affordable_runs(lambda pilot: read("pilot", ways[0].records, pilot))
+    def read(world: str, records: Shard, runs: int, trainer: Trainer = drawing_all) -> Float64Array:
+        parts = [
+            updates @ directions.T
+            for updates in lab.train(trainer, lab.keys(f"records {world}", runs), runs, SameShard(records))
+        ]
+        released = np.concatenate(parts).astype(np.float64) * (-lab.divisor / lr)
+        return (released - steps * known) / lab.clip_norm
+
+    runs = lab.affordable_runs(lambda pilot: read("pilot", canary.records, pilot))
     # At `batch`, the other world's gateway sends noise only: rate 0 makes every batch empty.
-    absent = read("absent", few_records(lab), runs, 1.0 if by_record else 0.0)
-    present = {kind: read(kind, records, runs) for kind, records in {way.kind: way.records for way in ways}.items()}
-    return [
-        _finding(lab, way, present[way.kind][:, column], absent[:, column], absent[:, len(ways) :], steps)
-        for column, way in enumerate(ways)
-    ]
+    silent = drawing_all if lab.by_record else lab.trainer(replace(spec, sample_rate=0.0), plain_steps=lr)
+    absent = read("absent", _others(lab), runs, silent)
+    present = read("present", canary.records, runs)
+    return [_finding(lab, canary, present[:, 0], absent[:, 0], absent[:, 1:], steps)]
 
 
-_KINDS: tuple[tuple[str, Callable[..., Shard]], ...] = (
-    ("mislabelled", mislabelled),
-    ("out-of-distribution", out_of_distribution),
-)
+def canary_of(lab: Lab) -> Canary | None:
+    """Return the longest canary; None when gradients of all kinds are zero."""
+    found = [_canary(lab, "out-of-distribution"), _canary(lab, "mislabelled")]
+    best = max(found, key=lambda canary: canary.shift)
+    return best if best.shift > 0 else None
 
 
-def _ways(lab: Lab, kind: str, make: Callable[..., Shard]) -> list[_Way]:
-    """Return where to look for a canary of this kind; nothing when its gradient is zero."""
-    shard, by_record = lab.shards[0], level_of(lab.spec).local == "record"
-    number = 1 if by_record else min(lab.spec.batch_size, shard.num_records)
-    canary = make(lab.plan.model, shard, number, lab.rng(kind), lab.plan.class_labels)
-    gradients = record_gradients(lab.plan.model, lab.plan.training.loss, canary)
-    if by_record:
-        moved, records = clipped(gradients, lab.clip_norm)[0], joined([few_records(lab), canary])
-    else:
-        mean = gradients.sum(axis=0, keepdims=True) / lab.spec.batch_size
-        moved, records = clipped(mean, lab.clip_norm)[0], canary
+def _canary(lab: Lab, kind: str) -> Canary:
+    make = mislabelled if kind == "mislabelled" else out_of_distribution
+    shard = lab.shards[0]
+    number = 1 if lab.by_record else min(lab.spec.batch_size, shard.num_records)
+    records = make(lab.model, shard, number, lab.rng(kind), lab.plan.class_labels)
+    gradients = record_gradients(lab.model, lab.plan.training.loss, records)
+    if not lab.by_record:
+        gradients = gradients.sum(axis=0, keepdims=True) / lab.spec.batch_size
+    moved = clipped(gradients, lab.clip_norm)[0]
     length = float(np.linalg.norm(moved))
-    if length == 0:
-        return []
-    layered = layer_by_layer(moved, lab.plan.layout)
-    return [
-        _Way(kind=kind, records=records, direction=moved / length, shift=length, note=""),
-        _Way(kind=kind, records=records, direction=layered, shift=float(moved @ layered), note=", layer by layer"),
-    ]
+    return Canary(
+        kind=kind,
+        records=joined([_others(lab), records]) if lab.by_record else records,
+        direction=moved / max(length, 1e-300),
+        shift=length / lab.clip_norm,
+    )
+
+
+def _others(lab: Lab) -> Shard:
+    shard = lab.shards[0]
+    return chosen(shard, np.arange(min(_OTHERS, shard.num_records)))
 
 
 def _finding(
-    lab: Lab, way: _Way, present: Float64Array, absent: Float64Array, free: Float64Array, steps: int
+    lab: Lab, canary: Canary, present: Float64Array, absent: Float64Array, free: Float64Array, steps: int
 ) -> Finding:
-    unit: Unit = "record" if level_of(lab.spec).local == "record" else "gateway"
-    adjacency: Adjacency = level_of(lab.spec).claims(lab.spec)[0].adjacency if unit == "record" else "zero-out"
-    claim, effect, runs = math.sqrt(steps) / lab.sigma, way.shift / lab.clip_norm, len(present)
+    unit: Unit = "record" if lab.by_record else "gateway"
+    adjacency: Adjacency = lab.adjacency if lab.by_record else "zero-out"
+    claim, runs = math.sqrt(steps) / lab.sigma, len(present)
     if claim <= LARGEST_PLAYABLE_MU:
-        bound = game_bound(count(present, absent, effect * steps / 2))
-        leak = power.game_leak(claim, runs, runs, effect)
+        bound = game_bound(count(present, absent, canary.shift * steps / 2))
+        leak = power.game_leak(claim, runs, runs, canary.shift)
         how = f"counting over {runs} runs a world"
     else:
         scores = Scores()
         scores.add(present / steps, free / steps)
         bound = gaussian_bound(scores)
-        leak = power.gaussian_leak(claim, runs, free.size, effect=effect)
+        leak = power.gaussian_leak(claim, runs, free.size, effect=canary.shift)
         how = f"Gaussian reading over {runs} runs (a game would be won nearly always at this sigma)"
     what = (
         "is one record more" if unit == "record" else "is a shard of such records; the other world's gateway is silent"
     )
     return Finding(
-        name=f"T5 {way.kind} {unit}{way.note}",
+        name=f"T5 canary {'record' if unit == 'record' else 'shard'}",
         level=lab.spec.noise_level,
         unit=unit,
         adjacency=adjacency,
@@ -135,24 +139,6 @@ def _finding(
         lower_bound=bound,
         smallest_leak_caught=leak,
         text=f"{how}, {steps} local step{'s' * (steps > 1)}, nothing observed inside the trainer: what was released is read "
-        f"off the update. The canary {what}; honestly clipped it moves the sum by {effect:.3g}·C along the attacker's "
-        f"direction. Claim: mu = sqrt({steps})/sigma.",
+        f"off the update. The canary ({canary.kind}) {what}; honestly clipped it moves the sum by {canary.shift:.3g}·C along "
+        f"the attacker's direction. Claim: mu = sqrt({steps})/sigma.",
     )
-
-
-def _readings(
-    lab: Lab,
-    world: str,
-    records: Shard,
-    directions: npt.NDArray[np.float32],
-    steps: int,
-    runs: int,
-    rate: float,
-) -> Float64Array:
-    """Return `[runs, D]`: released sums of local training on these records, added up over the steps, along directions."""
-    divisor = float(lab.spec.batch_size) if level_of(lab.spec).local == "record" else 1.0
-    lr = _STEP * divisor / (lab.sigma * lab.clip_norm)
-    trainer = lab.trainer(replace(lab.spec, local_steps=steps, sample_rate=rate), plain_steps=lr)
-    keys = lab.keys(f"records {world}", runs)
-    parts = [updates @ directions.T for updates in lab.train(trainer, keys, runs, SameShard(records))]
-    return np.concatenate(parts).astype(np.float64) * (-divisor / lr)

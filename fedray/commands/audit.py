@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Attacks the very code that a run with these flags would use, in this process: its trainer, sampler, clipping,
 noise and aggregation, with your own model and data if you name them. Prints what each attack proved and the smallest leak it
-would have caught, and writes audit.json. Besides its own flags it takes every flag of a run (python -m fedray --help); --out
+would have caught as it was played (powerless: none, so it does not count), and writes audit.json. Besides its own flags it
+takes every flag of a run (python -m fedray --help); --out
 names the directory of audit.json (default: runs/<UTC time>-audit).
 Exit codes: 0 consistent with the claims, 2 bad input, 3 VIOLATED."""
 
@@ -77,7 +78,7 @@ def _lines(audit: Audit, path: Path, quiet: bool) -> list[str]:
     if not quiet:
         width = max(len(finding.name) for finding in audit.findings)
         lines.append(
-            f"{'attack':<{width}}  {'claimed at most':>16}  {'proven at least':>16}  {'would catch':>11}  verdict"
+            f"{'attack':<{width}}  {'claimed at most':>22}  {'proven at least':>22}  {'would catch':>11}  verdict"
         )
         lines += [_row(finding, width) for finding in audit.findings]
         lines += [
@@ -89,16 +90,19 @@ def _lines(audit: Audit, path: Path, quiet: bool) -> list[str]:
         lines += ["", *audit.notes]
     broken = [finding for finding in audit.findings if finding.violated]
     if broken:
-        names = "; ".join(f"{f.name}: {f.measure} ≥ {f.lower_bound:.3g}, claimed ≤ {f.claim:.3g}" for f in broken)
+        names = "; ".join(f"{f.name}: {f.measure} ≥ {f.lower_bound:.4g}, claimed ≤ {f.claim:.4g}" for f in broken)
         lines.append(f"verdict: VIOLATED. {names}")
     else:
-        lines.append(f"verdict: consistent ({len(audit.findings)} attacks, {audit.seconds:.0f} s)")
+        powerless = sum(finding.verdict == "powerless" for finding in audit.findings)
+        beside = f", {powerless} more could not have failed" if powerless else ""
+        lines.append(f"verdict: consistent ({audit.num_counting} attacks{beside}, {audit.seconds:.0f} s)")
     lines.append(f"files: {path} (copy audit.json into a run directory and `fedray report` shows it)")
     return lines
 
 
 def _row(finding: Finding, width: int) -> str:
-    verdict = "VIOLATED" if finding.violated else "consistent" if finding.gate else "report"
-    leak = "-" if finding.smallest_leak_caught is None else f"{finding.smallest_leak_caught:.2f}×"
-    claim, bound = (f"{finding.measure} {value:.3f}" for value in (finding.claim, finding.lower_bound))
-    return f"{finding.name:<{width}}  {claim:>16}  {bound:>16}  {leak:>11}  {verdict}"
+    leak = "-" if finding.smallest_leak_caught is None else f"{finding.smallest_leak_caught:.2f}"
+    if finding.smallest_leak_caught is not None and finding.claim != 0:
+        leak += "×"
+    claim, bound = (f"{finding.measure} {value:.4g}" for value in (finding.claim, finding.lower_bound))
+    return f"{finding.name:<{width}}  {claim:>22}  {bound:>22}  {leak:>11}  {finding.verdict}"

@@ -112,7 +112,7 @@ class AloneGradients:
         self._columns = torch.cat(columns).to(self._device) if columns else None
         weights = [*self._made, *(site.param for site in program.sites if self._is_made(site))]
         self._values = self._one.most_values + 2 * sum(map(self._size, weights))
-        self._together = max(1, self._memory_limit // (4 * self._values))  # records
+        self._together = max(1, self._memory_limit // (4 * max(1, self._values)))  # records
 
     def _is_made(self, site: Site) -> bool:
         """Tell whether a site's gradients are made in full."""

@@ -43,6 +43,7 @@ def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> 
     """
     if isolation == "sequence" and loss is cross_entropy:
         return None
+    from fedray.training.program_check import check_program
     from fedray.training.tracing import (  # torch.fx takes a second to import: actors do without
         Example,
         trace,
@@ -53,7 +54,10 @@ def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> 
     if isolation == "sequence":
         output, _ = StackedModel(model, torch.device("cpu")).one_output(only_leaf(x))
         return trace_loss(loss, output, y)
-    return trace(copy.deepcopy(model).cpu().train(), loss, Example(x=x, y=y))
+    model = copy.deepcopy(model).cpu().train()
+    program = trace(model, loss, Example(x=x, y=y))
+    check_program(program, model, loss, Shard(x=on(shard.x, torch.device("cpu")), y=shard.y.cpu()))
+    return program
 
 
 def new_trainer(

@@ -120,7 +120,12 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
             raise
         except Exception as error:  # the user's code may do anything that torch.fx refuses
             raise Untraceable(_reason(error)) from error
-    return _program(code, joint, wanted)
+    program = _program(code, joint, wanted)
+    if not program.wanted():
+        raise Untraceable(
+            "its loss does not depend on any trainable parameter, so there is nothing to learn; leave out detach() and no_grad()"
+        )
+    return program
 
 
 @contextmanager
@@ -339,7 +344,10 @@ def _reason(error: Exception) -> str:
             f"its code looks at the values of a record ({text}); what it computes must not depend on values by Python's own if, "
             ".item() or .numpy(): use torch.where, or hand in what it looks for (an attention mask)"
         )
-    return f"its forward and backward pass on a single record raised {type(error).__name__}: {text}"
+    return (
+        f"its forward and backward pass on a single record raised {type(error).__name__}: {text}; it must accept a batch of one "
+        "record, in train mode"
+    )
 
 
 def _program(code: _Code, joint: fx.GraphModule, wanted: _Wanted) -> Program:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from fedray.audit import power
 from fedray.audit.bounds import (
     ALPHA,
     LARGEST_MU,
     Counts,
     Scores,
+    TradeOff,
     area_under_curve,
     binomial_lower,
     binomial_upper,
     canary_gateways_mu,
+    correlation_limit,
     count,
     game_bound,
     gaussian_bound,
-    one_run_epsilon,
-    one_run_p_value,
+    noise_bound,
+    one_run_limit,
 )
+from fedray.privacy.accounting import gaussian_delta
 
 RUNS = 5000
 
@@ -105,31 +109,62 @@ def test_gaussian_bound_without_scores_is_zero() -> None:
     assert gaussian_bound(Scores()) == 0.0
 
 
-def test_one_run_epsilon_matches_the_closed_form_of_pure_privacy() -> None:
-    """At delta 0 and all guesses right, p = q^r, so eps = logit(alpha^(1/r)) (Steinke et al. 2023, Theorem 5.2)."""
-    rate = 0.05 ** (1 / 100)
-    assert one_run_epsilon(100, 100, 100, 0.0, alpha=0.05) == pytest.approx(math.log(rate / (1 - rate)), abs=1e-5)
+def test_noise_bound_is_the_inverse_of_the_largest_standard_deviation() -> None:
+    """n values whose squares add up to n·s² prove mu ≥ sqrt(chi²_{alpha, n}/n)/s: 0.9675 for n = 10 000 at alpha 1e-6."""
+    assert noise_bound(10_000.0, 10_000) == pytest.approx(0.9666, abs=2e-3)
+    assert noise_bound(40_000.0, 10_000) == pytest.approx(0.9666 / 2, abs=1e-3)
 
 
-def test_one_run_p_value_adds_what_delta_allows() -> None:
-    """For r = v = 1: beta = q, a = 1 − q, so p = q + 2·m·delta·(1 − q)."""
-    rate = 1 / (1 + math.exp(-1.0))
-    assert one_run_p_value(10, 1, 1, 1.0, 1e-3) == pytest.approx(rate + 2 * 10 * 1e-3 * (1 - rate))
+def test_noise_bound_of_no_noise_is_a_finite_number_and_of_nothing_zero() -> None:
+    assert noise_bound(0.0, 10) == LARGEST_MU
+    assert noise_bound(0.0, 0) == 0.0
 
 
-def test_one_run_epsilon_is_zero_with_a_delta_that_is_too_large() -> None:
-    assert one_run_epsilon(1000, 200, 200, 1e-5) == 0.0
-    assert one_run_epsilon(1000, 200, 200, 1e-12) > 2.5
+def test_correlation_limit_matches_the_t_distribution() -> None:
+    """r·sqrt((d − 1)/(1 − r²)) follows Student's t with d − 1 degrees of freedom when no mean is taken off."""
+    limit = correlation_limit(11, 0.01)
+    assert limit * math.sqrt(10 / (1 - limit**2)) == pytest.approx(3.169, abs=1e-3)
+    assert correlation_limit(1, 0.01) == 1.0
+
+
+def _gaussian(mu: float) -> Callable[[float], float]:
+    return lambda level: float(stats.norm.cdf(stats.norm.isf(level) - mu))
+
+
+def test_trade_off_of_pairs_lies_below_the_gaussian_and_comes_close() -> None:
+    mu = 0.7
+    trade_off = TradeOff([(epsilon, gaussian_delta(epsilon, mu)) for epsilon in np.linspace(0, 8, 200)])
+    for level in (1e-4, 0.01, 0.2, 0.5, 0.9):
+        assert trade_off(level) <= _gaussian(mu)(level) + 1e-12
+        assert trade_off(level) == pytest.approx(_gaussian(mu)(level), abs=2e-3)
+
+
+def test_trade_off_without_pairs_promises_nothing() -> None:
+    assert TradeOff([])(0.1) == 0.0
+    assert TradeOff([(math.inf, 1e-9)])(0.1) == 0.0
+
+
+def test_one_run_of_perfect_privacy_allows_what_coins_do() -> None:
+    """f(x) = 1 − x: nobody guesses better than a coin; the limit is near the binomial quantile, never below it."""
+    limit = one_run_limit(lambda level: 1 - level, 1000, 1000, alpha=0.05)
+    quantile = int(stats.binom.isf(0.05, 1000, 0.5))
+    assert quantile <= limit <= 1.03 * quantile
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 2.0])
-def test_one_run_accepts_randomised_response_and_rejects_twice_its_epsilon(epsilon: float) -> None:
-    rng = np.random.default_rng(1)
-    for _ in range(20):
-        honest = int((rng.random(2000) < 1 / (1 + math.exp(-epsilon))).sum())
-        broken = int((rng.random(2000) < 1 / (1 + math.exp(-2 * epsilon))).sum())
-        assert one_run_epsilon(2000, 2000, honest, 1e-12) <= epsilon
-        assert one_run_epsilon(2000, 2000, broken, 1e-12) > epsilon
+def test_one_run_never_flags_randomised_response_more_often_than_alpha(epsilon: float) -> None:
+    """The best epsilon-DP mechanism for guesses: the binomial tail beyond the limit is at most alpha."""
+    rate = 1 / (1 + math.exp(-epsilon))
+    for alpha in (0.05, 1e-6):
+        limit = one_run_limit(TradeOff([(epsilon, 0.0)]), 2000, 2000, alpha)
+        assert stats.binom.sf(limit, 2000, rate) <= alpha
+        assert limit <= 1.05 * stats.binom.isf(alpha, 2000, rate)
+
+
+def test_one_run_limits_grow_with_what_is_claimed() -> None:
+    limits = [one_run_limit(_gaussian(mu), 1000, 200) for mu in (0.1, 0.5, 1.0, 5.0)]
+    assert limits == sorted(limits)
+    assert limits[-1] == 200, "all guesses may be right"
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 4.0])
@@ -148,28 +183,6 @@ def test_canary_gateways_estimate_the_mu_of_a_gaussian_sum(sigma: float) -> None
 def test_area_under_curve_counts_ties_half() -> None:
     assert area_under_curve(np.array([2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(0.5)
     assert area_under_curve(np.array([9.0]), np.array([1.0, 2.0])) == 1.0
-
-
-def test_game_leak_is_caught_and_a_smaller_one_is_missed() -> None:
-    leak = power.game_leak(1.0, RUNS, RUNS)
-    assert leak is not None
-    assert leak == pytest.approx(1.25, abs=0.05)  # privacy.md: n = 5000 at mu = 1 catches 1.25× with power .99
-    caught = sum(_game(leak, 1.0, seed) > 1.0 for seed in range(200))
-    missed = sum(_game(1 + (leak - 1) / 3, 1.0, seed) <= 1.0 for seed in range(50))
-    assert caught >= 194
-    assert missed > 25
-
-
-def test_gaussian_leak_is_caught() -> None:
-    leak = power.gaussian_leak(1.0, 1000, 10_000)
-    assert leak is not None
-    assert 1.2 < leak < 1.4
-    assert sum(_pooled(1 / leak, seed) > 1.0 for seed in range(200)) >= 194
-
-
-def test_leaks_are_none_where_nothing_would_be_caught() -> None:
-    assert power.game_leak(10.0, RUNS, RUNS) is None  # more than so many runs can prove
-    assert power.one_run_leak(100.0, 1000, 200, 1e-12) is None
 
 
 def test_bounds_keep_their_false_alarm_rate() -> None:

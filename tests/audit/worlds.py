@@ -1,11 +1,8 @@
-"""Small runs to audit, and mechanisms that are broken on purpose."""
+"""Small runs to audit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
-from unittest import mock
 
 import numpy as np
 import torch
@@ -15,8 +12,6 @@ from fedray.audit.audit import Audit, run_audit
 from fedray.audit.lab import Effort
 from fedray.config import RunConfig
 from fedray.plan import Plan, UserParts, prepare
-from fedray.privacy.noise import LocalNoise
-from fedray.privacy.spec import PrivacySpec
 
 LEVELS = ("sample", "batch", "gateway")
 QUICK = Effort(runs=800, game_seconds=0.6, training_seconds=0.5, trials=8)
@@ -46,34 +41,6 @@ def audit_of(level: str, parts: UserParts | None = None, **changes: Any) -> Audi
 def flagged(audit: Audit) -> set[str]:
     """Return the names of the attacks that refuted a claim."""
     return {finding.name for finding in audit.findings if finding.violated}
-
-
-@contextmanager
-def scaled_noise(factor: float) -> Iterator[None]:
-    """Make every noise `factor` times what the constants say; the accountant keeps believing them."""
-    less = property(lambda spec: factor * spec.noise_multiplier * spec.clip_norm)
-    with mock.patch.object(PrivacySpec, "noise_std", less):
-        yield
-
-
-@contextmanager
-def noise_of_step_zero() -> Iterator[None]:
-    """Use the same local noise at every step of a round."""
-    fill = LocalNoise.fill
-    with mock.patch.object(LocalNoise, "fill", lambda self, _step, out: fill(self, 0, out)):
-        yield
-
-
-@contextmanager
-def noise_of_gateway_zero() -> Iterator[None]:
-    """Use the same local noise in every gateway."""
-    make = LocalNoise.__init__
-
-    def shared(self: LocalNoise, spec: PrivacySpec, keys: Any, gateways: Any) -> None:
-        make(self, spec, keys, [0] * len(gateways))
-
-    with mock.patch.object(LocalNoise, "__init__", shared):
-        yield
 
 
 class Tokens(nn.Module):

@@ -136,3 +136,43 @@ def test_records_that_are_trained_alone_give_the_gradients_of_batches_of_one(nam
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(value, params)]).double().numpy()
         total += flat * min(1.0, C / np.linalg.norm(flat))
     assert np.linalg.norm(found - total) <= 1e-5 * np.linalg.norm(total)
+
+
+class OutsideOfTorch(nn.Module):
+    """Computes a factor where no trace looks: by numpy, on a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) * float(np.random.rand())  # type: ignore[no-any-return]
+
+
+class Looks(OutsideOfTorch):
+    """Branches on a record's values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) if x.sum() > 0 else self.first(-x)  # type: ignore[no-any-return]
+
+
+class Counts(OutsideOfTorch):
+    """Does something else from its second pass on, by a count that no attribute holds."""
+
+    calls = iter(range(1000))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) * (1.0 if next(Counts.calls) == 0 else 7.0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (OutsideOfTorch, "numpy's global random numbers"),
+        (Looks, "looks at the values"),
+        (Counts, "not the one that was traced"),
+    ],
+)
+def test_code_that_a_trace_does_not_see_is_refused_with_the_reason(kind: type[nn.Module], words: str) -> None:
+    with pytest.raises(Untraceable, match=words):
+        traced("alone", kind().train(), MODELS["hook"][1], shards()[0])
