@@ -45,7 +45,7 @@ def unpack(wheels: Path, folder: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Run all measurements; return 1 where the device is not equal to the CPU or a row of fedray's failed."""
+    """Run all measurements; return 1 where the device is not equal to the CPU or something of fedray's failed or was cut off."""
     # Not before the wheels are on the path.
     import torch
     from device import report, rows
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> int:
     print(text)
     ours = [row for row in found if row.system in (rows.ALL, rows.ONE)]
     fine = all(one.met for one in equalities) and all(row.samples_per_s is not None for row in ours)
-    return 0 if fine and equalities else 1
+    return 0 if fine and config["complete"] else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
