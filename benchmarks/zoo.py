@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from families.catalogue import FAMILIES
 from families.family import Family
 from families.findings import Finding
 from families.job import GATEWAYS, Job, Refused
-from families.systems import FEDRAY, HOOKS, REPLACED, SYSTEMS
+from families.systems import FEDRAY, HOOKS, REPLACED, SYSTEMS, quieten
 from families.timing import Timed
 from suite import RESULTS, machine, report
 
@@ -79,14 +77,6 @@ def write(found: Mapping[str, Finding], config: dict[str, Any], folder: Path) ->
     caption = machine.one_line(config["machine"]).partition(", Python")[0]
     picture.draw(found, FAMILIES, folder / f"{stem}.png", caption)
     return text
-
-
-def quieten() -> None:
-    """Keep words of torch and Hugging Face that are right and of no consequence here out of the output."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

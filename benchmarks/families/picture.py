@@ -31,8 +31,8 @@ def draw(found: Mapping[str, Finding], families: Mapping[str, Family], path: Pat
     axis.axvline(WANTED_OF_PLAIN, color="#e0c48c", linewidth=1, zorder=0)
     axis.set_yticks(range(len(shown)), [families[key].title for key in shown], fontsize=8)
     axis.invert_yaxis()
-    axis.set_title("samples/s as a share of training without privacy on one large batch", loc="left", fontsize=9)
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    axis.set_title("share of samples/s without privacy, one large batch", loc="left", fontsize=9)
+    axis.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(COLOURS))
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.supxlabel(caption, fontsize=6, color="#555555")

@@ -6,6 +6,7 @@ raises `Refused` with its reason.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -167,6 +168,32 @@ class Plain:
         wait(self._job.device)
 
 
+class PlainLoop:
+    """The same model without privacy: one gateway after the other, on the batches that private training takes."""
+
+    engine = ""
+
+    def __init__(self, job: Job) -> None:
+        self.samples = job.samples
+        self._job, self._shards = job, job.shards_on_device()
+        self._model = job.model().to(job.device)
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._sent = [parameter.detach().clone() for parameter in self._parameters]
+        self._adam = torch.optim.Adam(self._parameters, lr=LR)
+
+    def round(self) -> None:
+        """See `System.round`."""
+        keys = new_keys()
+        for gateway, shard in enumerate(self._shards):
+            load(self._parameters, self._sent, self._adam)
+            for chosen in batches(self._job.privacy, keys, gateway):
+                there = chosen.to(self._job.device)
+                self._adam.zero_grad()
+                self._job.family.loss(call(self._model, taken(shard.x, there)), shard.y[there]).mean().backward()
+                self._adam.step()
+        wait(self._job.device)
+
+
 FEDRAY, HOOKS, GHOST, REPLACED, PLAIN = "fedray", "Opacus hooks", "Opacus ghost", "Opacus, its own layers", "no privacy"
 SYSTEMS: dict[str, Callable[[Job], System]] = {
     FEDRAY: Fedray,
@@ -175,6 +202,14 @@ SYSTEMS: dict[str, Callable[[Job], System]] = {
     REPLACED: lambda job: Opacus(job, replace=True),
     PLAIN: Plain,
 }
+
+
+def quieten() -> None:
+    """Keep words of torch and Hugging Face that are right and of no consequence here out of the output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def wait(device: torch.device) -> None:

@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
         "blas": "mkl" if torch.backends.mkl.is_available() else "other",
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
 
 
@@ -45,6 +45,13 @@ def one_line(machine: dict[str, Any]) -> str:
         f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']:g} GB, {machine['system']}, "
         f"Python {machine['python']}, {versions}; load before the start {machine['load_before']:g}"
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a machine that runs a checkout with torch alone
+        return None
 
 
 def _processor() -> str:

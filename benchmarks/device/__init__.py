@@ -1,0 +1,1 @@
+"""Parts of the GPU benchmark. Nothing here imports Ray; Opacus is imported by its own rows alone."""
