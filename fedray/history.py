@@ -81,7 +81,7 @@ def read_ledger(path: Path, settings: RunSettings, *, finished: bool) -> History
             raise UntrueError(f"line {number} does not follow from the line before it: lines were changed or lost.")
         heads.append(hashlib.sha256(line).hexdigest())
         extended |= entry.get("event") == "extension"
-        if entry.get("event") in ("arrival", "extension", "opening"):
+        if entry.get("event") in ("arrival", "extension"):
             continue  # charges nothing
         _check_charge(entry, number, settings)
         for first, last in entry["gateways"]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, Run
 from fedray.evaluation import Evaluation
 from fedray.models import Loss
 from fedray.plan import Plan, UserParts
-from fedray.pool.pool import Pool
+from fedray.pool.pool import Pool, PoolInfo
 from fedray.privacy import accounting, mechanism
 from fedray.privacy.ledger import Ranges, ranges_of
 from fedray.privacy.levels import level_of
@@ -120,8 +121,7 @@ class Orchestrator:
             macs = pool.load(self.plan.setup_key) if self.plan.federation.lazy else {}
             self._progress.start("fedray", panel_rows(self.plan, info, curve.planned()), curve.warnings())
             session = Session.open(self.plan, self._restored, info, macs, self._stack)
-            session.draw_incarnation(self.plan.config)
-            return self._finish(session, self._rounds(pool, info.device, curve, session))
+            return self._finish(session, self._rounds(pool, info, curve, session))
         except KeyboardInterrupt:
             raise RunInterruptedError(f"interrupted; the round under way was abandoned.{_remedy(session)}") from None
         except BrokenPipeError:
@@ -141,10 +141,10 @@ class Orchestrator:
             pool.close()
             self._stack.close()
 
-    def _rounds(self, pool: Pool, kind: str, curve: EpsilonCurve, session: Session) -> str | None:
+    def _rounds(self, pool: Pool, info: PoolInfo, curve: EpsilonCurve, session: Session) -> str | None:
         """Run the rounds that are left (McMahan et al. 2017, Algorithm 1); return why they ended early, if so."""
         plan, server, clock = self.plan, FedAvg(), Clock()
-        device = torch.device("cuda" if kind == "cuda" and torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if info.device == "cuda" and torch.cuda.is_available() else "cpu")
         evaluation = Evaluation(plan.model, plan.test_tensors(), plan.training.loss, plan.class_labels, device)
         tracker = new_tracker(plan.config.track, session.files.path)
         publisher = Publisher(plan, session, evaluation, curve, self._progress, tracker)
@@ -152,7 +152,8 @@ class Orchestrator:
         try:
             for index in session.rounds_left(plan.config.rounds):
                 round_key = next_round_key(session.round_key)
-                keys, cohort = self._charge(session, curve, round_key, index, pool)
+                cohort = participation(plan, round_key, index)
+                keys = self._charge(session, curve, round_key, index, cohort, info)
                 clock.lap("charge")
                 pool.begin(keys, session.params, cohort)
                 clock.lap("broadcast")
@@ -183,31 +184,23 @@ class Orchestrator:
         curve: EpsilonCurve,
         round_key: bytes,
         index: int,
-        pool: Pool,
-    ) -> tuple[RoundKeys, Sequence[int]]:
-        """Charge the round before it starts, unless it was when a run was cut off; return its keys and its cohort.
-
-        A secret cohort is drawn for each attempt anew, as each attempt is charged as a sample of its own; that is why all
-        gateways are charged. Where the cohort is known, nothing is amplified: it is drawn for the round, and it is charged.
-        """
+        cohort: Sequence[int],
+        info: PoolInfo,
+    ) -> RoundKeys:
+        """Charge the round before it starts, unless it was when a run was cut off; return its keys."""
         plan = self.plan
-        secret = plan.spec.secret_participation
-        known = participation(plan, RoundKeys(round_key=round_key, round_index=index))
-        charged = ranges_of(range(plan.config.gateways) if secret else known)
+        charged = ranges_of(range(plan.config.gateways) if plan.spec.secret_participation else cohort)
         attempt = session.ledger.charge(
             round_index=index,
             gateways=charged,
             steps=plan.config.local_steps,
             level=plan.spec.noise_level,
-            inputs=inputs_digest(plan, session.params, pool, charged),
+            inputs=inputs_digest(plan, session.params, info, charged),
             afford=lambda: curve.check_budget(session.ledger, index),
         )
-        keys = _keys(session, round_key, index, attempt)
-        if not secret:
-            return keys, known
-        cohort = participation(plan, keys)
-        session.files.append_private({"round": index, "attempt": attempt, "cohort": list(map(int, cohort))})
-        return keys, cohort
+        if plan.spec.secret_participation:
+            session.files.append_private({"round": index, "attempt": attempt, "cohort": list(map(int, cohort))})
+        return RoundKeys(round_key=round_key, round_index=index, attempt=attempt)
 
     def _settle(
         self,
@@ -238,7 +231,7 @@ class Orchestrator:
             afford=lambda: curve.check_budget(session.ledger, keys.round_index),
         )
         session.note_ledger()
-        return _keys(session, keys.round_key, keys.round_index, attempt)
+        return RoundKeys(round_key=keys.round_key, round_index=keys.round_index, attempt=attempt)
 
     def _finish(self, session: Session, stopped: str | None) -> Run:
         plan, files = self.plan, session.files
@@ -281,32 +274,27 @@ class Orchestrator:
         return Run(model=plan.model.eval(), history=tuple(state.history), privacy=card, path=path)
 
 
-def participation(plan: Plan, keys: RoundKeys) -> Sequence[int]:
-    """Return a cohort: everybody, or each gateway with probability --participation (keyed Poisson)."""
+def participation(plan: Plan, round_key: bytes, index: int) -> Sequence[int]:
+    """Return the round's cohort: everybody, or each gateway with probability --participation (keyed Poisson)."""
     config = plan.config
     if config.participation >= 1.0:
         return range(config.gateways)
-    chosen: list[int] = keys.stream("participation", 0).bernoulli(0, config.gateways, config.participation).tolist()
+    stream = RoundKeys(round_key=round_key, round_index=index).stream("participation", 0)
+    chosen: list[int] = stream.bernoulli(0, config.gateways, config.participation).tolist()
     return chosen
 
 
-def _keys(session: Session, round_key: bytes, index: int, attempt: int) -> RoundKeys:
-    """Return the keys of a charged attempt, of the incarnation under which it was charged."""
-    incarnation = session.ledger.incarnation(index, attempt)
-    return RoundKeys(round_key=round_key, round_index=index, attempt=attempt, incarnation=incarnation)
-
-
-def inputs_digest(plan: Plan, params: Float32Array, pool: Pool, gateways: Ranges) -> str:
+def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ranges) -> str:
     """Return the SHA-256 of everything public that a round's result depends on besides its key."""
     constants = {
         **plan.constants(),
-        "groups": [(group.start, group.stop) for group in pool.groups],
-        "hardware": pool.hardware,
+        "device": info.device,
+        "groups": [(group.start, group.stop) for group in info.groups],
         "gateways": gateways,
         # Another build, processor or cut into sub-groups may round differently, and the same noise must not meet
         # another value.
         "versions": report.versions(),
-        "memory": os.sysconf("SC_PHYS_PAGES"),
+        "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability(), os.sysconf("SC_PHYS_PAGES")),
         "memory_limit": plan.config.memory_limit,
     }
     found = hashlib.sha256(json.dumps(constants, sort_keys=True).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
 from fedray.streams import commitment, extension_root, first_round_key
 
-INCARNATION_BYTES = 16
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
 _FREE = frozenset(
     {
@@ -297,17 +295,7 @@ class Session:
     @property
     def started(self) -> bool:
         """Whether anything was charged."""
-        return self.ledger.charges().rounds > 0
-
-    def draw_incarnation(self, config: RunConfig) -> None:
-        """Give what is charged from here on keys that no other opening of this directory, or of a copy of it, has.
-
-        A seeded run has none: its noise is predictable anyhow, and repeating it must give the same result.
-        """
-        if config.seed is None and self.rounds_left(config.rounds):
-            self.ledger.open(
-                finished=self.round, level=config.noise_level, incarnation=secrets.token_hex(INCARNATION_BYTES)
-            )
+        return len(self.ledger) > 0
 
     def note_ledger(self) -> None:
         """Remember the ledger's length outside of it."""

@@ -13,7 +13,6 @@ deviations and not before), a 32-bit word the angle. They are laid out in blocks
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import hmac
 import math
@@ -189,30 +188,19 @@ class RoundKeys:
         round_key: k_r, 32 bytes.
         round_index: r, from 1.
         attempt: 0, and one more each time the round is repeated with other inputs.
-        incarnation: Of the run when the attempt was charged: what each opening of a run directory draws anew, so that two
-            copies of a directory do not share keys. Empty where the run has a seed.
     """
 
     round_key: bytes
     round_index: int
     attempt: int = 0
-    incarnation: str = ""
 
     def key(self, purpose: str, gateway: int) -> bytes:
         """Return the key of a gateway's stream for one purpose."""
-        return derive_key(self._root, purpose, gateway, self.round_index, self.attempt)
-
-    @functools.cached_property
-    def _root(self) -> bytes:
-        if not self.incarnation:
-            return self.round_key
-        return derive_key(self.round_key, f"incarnation {self.incarnation}")
+        return derive_key(self.round_key, purpose, gateway, self.round_index, self.attempt)
 
     def following(self) -> RoundKeys:
-        """Return the keys of the first attempt at the next round, should the run stay open."""
-        return RoundKeys(
-            round_key=next_round_key(self.round_key), round_index=self.round_index + 1, incarnation=self.incarnation
-        )
+        """Return the keys of the first attempt at the next round."""
+        return RoundKeys(round_key=next_round_key(self.round_key), round_index=self.round_index + 1)
 
     def stream(self, purpose: str, gateway: int) -> Stream:
         """Return a gateway's stream for one purpose; its steps are nonces."""

@@ -14,7 +14,7 @@ import torch
 from fedray.aggregation import GroupResult
 from fedray.pool.placement import groups_of
 from fedray.pool.pool import Inspection, PoolInfo, members
-from fedray.pool.worker import Worker, WorkerSetup, hardware_of, resolve_device
+from fedray.pool.worker import Worker, WorkerSetup, resolve_device
 from fedray.streams import RoundKeys
 
 
@@ -35,16 +35,6 @@ class InlinePool:
         self._device = resolve_device(device)
         self._worker: Worker | None = None
         self._round: Any = None
-
-    @property
-    def groups(self) -> tuple[range, ...]:
-        """See `Pool.groups`."""
-        return self._groups
-
-    @property
-    def hardware(self) -> list[str]:
-        """See `Pool.hardware`."""
-        return [hardware_of(self._device)]
 
     def describe(self) -> str:
         """See `Pool.describe`."""

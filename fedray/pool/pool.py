@@ -62,16 +62,6 @@ class Inspection:
 class Pool(Protocol):
     """Runs gateways. `start` comes first, `close` last; each `begin` is followed by `collect`."""
 
-    @property
-    def groups(self) -> tuple[range, ...]:
-        """Gateways of each actor, once it has started."""
-        ...
-
-    @property
-    def hardware(self) -> list[str]:
-        """What actors run on, as far as results depend on it; it may change when a lost actor is replaced."""
-        ...
-
     def describe(self) -> str:
         """Return where gateways would run, without starting what trains.
 

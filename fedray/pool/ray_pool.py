@@ -24,7 +24,7 @@ from fedray.pool import connection
 from fedray.pool.machines import describe, machines_of, survey
 from fedray.pool.placement import Placement, place
 from fedray.pool.pool import Inspection, Patience, PoolInfo, members
-from fedray.pool.worker import Worker, WorkerSetup, hardware_of, resolve_device
+from fedray.pool.worker import Worker, WorkerSetup, resolve_device
 from fedray.streams import RoundKeys
 
 
@@ -73,11 +73,10 @@ class _Actor:
         self._arguments = (setup, device, sharing)
         self._worker: Worker | None = None
 
-    def ready(self) -> tuple[str, str]:
-        """Build the worker; return its kind of device, and what it runs on."""
+    def ready(self) -> str:
+        """Build the worker; return its kind of device."""
         self._built()
-        device = resolve_device(self._arguments[1])
-        return device.type, hardware_of(device)
+        return resolve_device(self._arguments[1]).type
 
     def load(self, gateways: Sequence[int], key: bytes) -> dict[int, str]:
         """See `Worker.load`."""
@@ -131,7 +130,6 @@ class RayPool:
         self._group: Any = None
         self._patience = patience
         self._actors: dict[int, Any] = {}
-        self._hardware: dict[int, str] = {}
         self._failures = 0
         self._kind = ""
         self._setup_ref: Any = None
@@ -183,17 +181,6 @@ class RayPool:
             rows.append(("files", f"{marker.parent}: writable on {found.sharing} of {len(self._nodes)} nodes"))
         return Inspection(rows=tuple(rows), remarks=found.remarks)
 
-    @property
-    def groups(self) -> tuple[range, ...]:
-        """See `Pool.groups`."""
-        assert self._placement is not None, "start() comes first"
-        return self._placement.groups
-
-    @property
-    def hardware(self) -> list[str]:
-        """See `Pool.hardware`."""
-        return [self._hardware[index] for index in sorted(self._hardware)]
-
     def start(self) -> PoolInfo:
         """Start all actors and wait until they are ready."""
         placement = self._placement or self.connect()
@@ -213,8 +200,7 @@ class RayPool:
         kinds = set()
         for index, call in ready.items():
             try:
-                kind, self._hardware[index] = self._wait_all([call], START_TIMEOUT_S, "start")[0]
-                kinds.add(kind)
+                kinds |= set(self._wait_all([call], START_TIMEOUT_S, "start"))
             except _ActorLostError as error:
                 kinds.add(self._restart(index, error, 0, time.monotonic() + START_TIMEOUT_S))
         if len(kinds) != 1:
@@ -374,9 +360,7 @@ class RayPool:
             self._actors[index] = self._new_actor(index, anywhere=True)
             limit = min(START_TIMEOUT_S, max(1.0, deadline - time.monotonic()))
             try:
-                call = self._actors[index].ready.remote()
-                kind, self._hardware[index] = self._wait_all([call], limit, "start again")[0]
-                return str(kind)
+                return str(self._wait_all([self._actors[index].ready.remote()], limit, "start again")[0])
             except _ActorLostError as again:
                 error = again
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -71,22 +69,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda but this machine has no GPU that torch can use; use --device cpu or auto.")
     return torch.device("cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def hardware_of(device: torch.device) -> str:
-    """Name the processor or GPU of this process, as far as results may depend on it: other ones round differently."""
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        # CUDA's normal numbers depend on the number of multiprocessors.
-        return f"{found.name} {found.major}.{found.minor}, {found.multi_processor_count} multiprocessors"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
-        lines = []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def memory_share(device: torch.device, sharing: int) -> int:

@@ -4,14 +4,12 @@ One JSON line an event, appended and fsynced before what it speaks of happens. E
 it, so that a changed or missing line is found. Epsilon is derived from the ledger and never stored in it.
 
 Events: "charge" (an attempt at a round is about to start), "arrival" (not the whole cohort arrived; written before the
-noise of the `gateway` level is drawn), "extension" (a finished run gets more rounds under a fresh root key) and "opening"
-(an unseeded run directory was opened: what is charged from then on has keys of this incarnation).
+noise of the `gateway` level is drawn) and "extension" (a finished run gets more rounds under a fresh root key).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections import Counter, defaultdict
@@ -34,18 +32,17 @@ class Entry:
 
     Args:
         event: What happened; the other fields mean the charged attempt unless said otherwise.
-        round: From 1. Of an extension or opening: the last finished round.
-        attempt: From 0; one more each time the round is repeated with other inputs. Of an extension or opening: its number,
-            from 1.
+        round: From 1. Of an extension: the last finished round.
+        attempt: From 0; one more each time the round is repeated with other inputs. Of an extension: its number, from 1.
         gateways: Inclusive ranges of the gateways that are charged. Of an arrival: of those that arrived, empty when secret.
         steps: Local steps that each of them is charged; 0 for other events.
         level: The noise level.
         inputs: SHA-256 of all public inputs of the round (params, engine, device kind, groups, constants). Of an arrival:
-            a MAC of who arrived. Of an extension: a commitment to the new root key. Of an opening: the incarnation.
+            a MAC of who arrived. Of an extension: a commitment to the new root key.
         rounds: Of an extension: how many rounds the run has from now on; else 0.
     """
 
-    event: Literal["charge", "arrival", "extension", "opening"] = "charge"
+    event: Literal["charge", "arrival", "extension"] = "charge"
     round: int
     attempt: int
     gateways: Ranges
@@ -211,32 +208,10 @@ class Ledger:
             inputs=root_commitment,
             rounds=rounds,
         )
-        others = [known for known in self._entries if known.event != "opening"]
-        if others and replace(others[-1], attempt=number) == entry:
-            return others[-1].attempt  # a crash came before anything else was done
+        if self._entries and replace(self._entries[-1], attempt=number) == entry:
+            return self._entries[-1].attempt  # a crash came before anything else was done
         self._append(entry)
         return number
-
-    def open(self, *, finished: int, level: str, incarnation: str) -> None:
-        """Record that an unseeded run was opened.
-
-        Guarantee:
-            What is charged from here on has keys of this incarnation. A directory that is copied or rolled back to a backup
-            and opened again has another one, so its releases share noise with the first one's only where a round was charged
-            before the copy was made, and then only with the same inputs.
-        """
-        number = 1 + sum(entry.event == "opening" for entry in self._entries)
-        self._append(
-            Entry(
-                event="opening", round=finished, attempt=number, gateways=(), steps=0, level=level, inputs=incarnation
-            )
-        )
-
-    def incarnation(self, round_index: int, attempt: int) -> str:
-        """Return the incarnation under which an attempt was charged; empty in a seeded run."""
-        charged = self._events("charge", round_index)[attempt]
-        before = itertools.takewhile(lambda entry: entry is not charged, self._entries)
-        return next((entry.inputs for entry in reversed([*before]) if entry.event == "opening"), "")
 
     @property
     def extensions(self) -> int:
@@ -256,10 +231,7 @@ class Ledger:
                 when a run was cut off is in the ledger before the earlier one is repeated.
         """
         last = len(self._entries)
-        while through is not None and last:
-            entry = self._entries[last - 1]
-            if entry.round <= through and entry.event != "opening":  # which charges nothing
-                break
+        while through is not None and last and self._entries[last - 1].round > through:
             last -= 1
         return self._most[last]
 
