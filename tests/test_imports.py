@@ -34,6 +34,7 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.machines",),
     ("pool.pool", "pool.placement", "pool.connection"),
     ("pool.worker",),
+    ("pool.hardware",),
     ("training.reference", "training.stacked"),
     ("training.stacking", "training.row_optimizers", "training.draws"),
     ("training.chain",),

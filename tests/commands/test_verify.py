@@ -200,7 +200,7 @@ def test_verify_catches_false_metrics_with_forged_digests(
     ("change", "words"),
     [
         (lambda lines: lines.pop(), "round 3 is recorded but the ledger never charged it"),
-        (lambda lines: lines.pop(0), "round 1 is recorded but the ledger never charged it"),
+        (lambda lines: lines.pop(1), "round 1 is recorded but the ledger never charged it"),
         (lambda lines: lines[1].update(steps=1), "line 2 charges 1 steps"),
         (lambda lines: lines[1].update(gateways=[[0, 4]]), "line 2 charges [[0, 4]]"),
         (lambda lines: lines[1].update(gateways=7), "line 2 charges 7"),
@@ -209,6 +209,8 @@ def test_verify_catches_false_metrics_with_forged_digests(
         (lambda lines: lines[1].update(level="none"), "was charged at level 'none'"),
         (lambda lines: lines[1].update(event="gift"), "does not know: 'gift'"),
         (lambda lines: lines.append({**lines[-1], "round": 4}), "the ledger says"),
+        (lambda lines: lines.append(lines[0]), "line 5 must hold an incarnation that no line before it has"),
+        (lambda lines: lines[0].update(inputs=""), "line 1 must hold an incarnation"),
     ],
 )
 def test_verify_catches_a_false_ledger_with_forged_chain(
@@ -217,6 +219,12 @@ def test_verify_catches_a_false_ledger_with_forged_chain(
     _rechain(run, change)
     assert main(["verify", str(run)]) == 3
     assert words in capsys.readouterr().out
+
+
+def test_verify_catches_an_incarnation_in_a_seeded_run(run: Path, capsys: Output) -> None:
+    _edit(run, "config.json", lambda card: card["config"].update(seed=1))
+    assert main(["verify", str(run)]) == 3
+    assert "line 1 is an incarnation, which a run with a seed has none of" in capsys.readouterr().out
 
 
 def test_verify_names_a_line_that_breaks_the_chain(run: Path, capsys: Output) -> None:
@@ -235,7 +243,7 @@ def test_verify_catches_a_cut_ledger_by_its_checkpoints(run: Path, capsys: Outpu
 
 def test_verify_takes_a_repeated_round_as_the_ledger_charges_it(run: Path, capsys: Output) -> None:
     def repeat(lines: list[dict[str, Any]]) -> None:
-        lines.insert(2, {**lines[1], "attempt": 1, "inputs": "1" * 64})
+        lines.insert(3, {**lines[2], "attempt": 1, "inputs": "1" * 64})
 
     _rechain(run, repeat)
     settings = json.loads((run / "privacy.json").read_text())
@@ -260,7 +268,7 @@ def _spec(run: Path) -> Any:
 
 def test_verify_charges_the_most_charged_gateway(run: Path, capsys: Output) -> None:
     def spread(lines: list[dict[str, Any]]) -> None:
-        for line, gateways in zip(lines, ([[0, 1]], [[1, 1], [3, 3]], [[2, 3]]), strict=True):
+        for line, gateways in zip(lines[1:], ([[0, 1]], [[1, 1], [3, 3]], [[2, 3]]), strict=True):
             line["gateways"] = gateways
 
     _rechain(run, spread)

@@ -92,7 +92,9 @@ def test_no_file_but_the_private_one_tells_the_cohort(million: Path) -> None:
         for file in public:
             words = set(file.read_text(errors="ignore").replace("[", " ").replace("]", " ").replace(",", " ").split())
             assert not words.intersection(ids), file
-    for entry in lines(run / "ledger.jsonl"):
+    first, *charges = lines(run / "ledger.jsonl")
+    assert (first["event"], first["gateways"]) == ("incarnation", [])
+    for entry in charges:
         assert (entry["event"], entry["gateways"]) == ("charge", [[0, 999_999]])
     for record in lines(run / "metrics.jsonl"):
         expected = 100 * 2 * 8 / record["seconds"]["total"]
