@@ -72,6 +72,7 @@ def read_ledger(path: Path, settings: RunSettings, *, finished: bool) -> History
     num_gateways = int(settings.values["gateways"])
     steps, rounds = np.zeros(num_gateways, np.int64), np.zeros(num_gateways, np.int64)
     heads, numbers, sizes, after = [GENESIS], [], [], []
+    incarnations: set[str] = set()
     most, extended = Charges(steps=0, rounds=0), False
     for number, line in enumerate(lines, start=1):
         entry = parsed(line, f"line {number} ")
@@ -81,7 +82,10 @@ def read_ledger(path: Path, settings: RunSettings, *, finished: bool) -> History
             raise UntrueError(f"line {number} does not follow from the line before it: lines were changed or lost.")
         heads.append(hashlib.sha256(line).hexdigest())
         extended |= entry.get("event") == "extension"
-        if entry.get("event") in ("arrival", "extension"):
+        if entry.get("event") == "incarnation":
+            _check_incarnation(entry.get("inputs"), number, incarnations, settings)
+            incarnations.add(entry["inputs"])
+        if entry.get("event") in ("arrival", "extension", "incarnation"):
             continue  # charges nothing
         _check_charge(entry, number, settings)
         for first, last in entry["gateways"]:
@@ -96,6 +100,13 @@ def read_ledger(path: Path, settings: RunSettings, *, finished: bool) -> History
         after.append(most)
     _check_checkpoints(path, heads)
     return History(rounds=tuple(numbers), sizes=tuple(sizes), after=tuple(after), torn=torn, extended=extended)
+
+
+def _check_incarnation(value: Any, number: int, before: set[str], settings: RunSettings) -> None:
+    if not isinstance(value, str) or not value or value in before:
+        raise UntrueError(f"line {number} must hold an incarnation that no line before it has.")
+    if settings.values.get("seed") is not None:
+        raise UntrueError(f"line {number} is an incarnation, which a run with a seed has none of; config.json has one.")
 
 
 def _check_charge(entry: Mapping[str, Any], number: int, settings: RunSettings) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import platform
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, Run
 from fedray.evaluation import Evaluation
 from fedray.models import Loss
 from fedray.plan import Plan, UserParts
+from fedray.pool.hardware import hardware_of
 from fedray.pool.pool import Pool, PoolInfo
 from fedray.privacy import accounting, mechanism
 from fedray.privacy.ledger import Ranges, ranges_of
@@ -32,7 +31,7 @@ from fedray.privacy.levels import level_of
 from fedray.progress import Progress, Silent
 from fedray.publisher import Clock, Outcome, Publisher
 from fedray.session import Session, planned
-from fedray.streams import RoundKeys, mac, next_round_key
+from fedray.streams import RoundKeys, mac
 from fedray.summary import closing_sentences, panel_rows
 from fedray.tracking import check_available, new_tracker
 
@@ -121,7 +120,7 @@ class Orchestrator:
             macs = pool.load(self.plan.setup_key) if self.plan.federation.lazy else {}
             self._progress.start("fedray", panel_rows(self.plan, info, curve.planned()), curve.warnings())
             session = Session.open(self.plan, self._restored, info, macs, self._stack)
-            return self._finish(session, self._rounds(pool, info, curve, session))
+            return self._finish(session, self._rounds(pool, curve, session))
         except KeyboardInterrupt:
             raise RunInterruptedError(f"interrupted; the round under way was abandoned.{_remedy(session)}") from None
         except BrokenPipeError:
@@ -141,19 +140,18 @@ class Orchestrator:
             pool.close()
             self._stack.close()
 
-    def _rounds(self, pool: Pool, info: PoolInfo, curve: EpsilonCurve, session: Session) -> str | None:
+    def _rounds(self, pool: Pool, curve: EpsilonCurve, session: Session) -> str | None:
         """Run the rounds that are left (McMahan et al. 2017, Algorithm 1); return why they ended early, if so."""
         plan, server, clock = self.plan, FedAvg(), Clock()
-        device = torch.device("cuda" if info.device == "cuda" and torch.cuda.is_available() else "cpu")
+        device = _own_device(pool.info())
         evaluation = Evaluation(plan.model, plan.test_tensors(), plan.training.loss, plan.class_labels, device)
         tracker = new_tracker(plan.config.track, session.files.path)
         publisher = Publisher(plan, session, evaluation, curve, self._progress, tracker)
         stopped = None
         try:
             for index in session.rounds_left(plan.config.rounds):
-                round_key = next_round_key(session.round_key)
-                cohort = participation(plan, round_key, index)
-                keys = self._charge(session, curve, round_key, index, cohort, info)
+                info = pool.info()
+                keys, cohort = self._charge(session, curve, info)
                 clock.lap("charge")
                 pool.begin(keys, session.params, cohort)
                 clock.lap("broadcast")
@@ -161,12 +159,17 @@ class Orchestrator:
                 publisher.flush()  # score, metrics and checkpoint of the round before, while gateways train
                 clock.lap("publish")
                 results = pool.collect()
+                while pool.info() != info:  # an actor came back where it rounds otherwise than was charged
+                    info = pool.info()
+                    keys, cohort = self._charge(session, curve, info)
+                    pool.begin(keys, session.params, cohort)
+                    results = pool.collect()
                 clock.lap("train")
                 total, weight, arrived = gather(results, plan.layout, device, index)
                 keys = self._settle(session, curve, keys, cohort, arrived, results)
                 del results  # so that the object store can use their memory for the next ones
                 mean = mechanism.aggregate(plan.spec, keys, total, weight, ranges_of(arrived))
-                session.advance(index, server.step(session.params, mean), round_key)
+                session.advance(index, server.step(session.params, mean))
                 clock.lap("aggregate")
                 publisher.take(Outcome(round=index, seconds=clock.take(), cohort=len(cohort)))
         except BudgetExhaustedError as reason:
@@ -178,29 +181,28 @@ class Orchestrator:
                 tracker.close()
         return stopped
 
-    def _charge(
-        self,
-        session: Session,
-        curve: EpsilonCurve,
-        round_key: bytes,
-        index: int,
-        cohort: Sequence[int],
-        info: PoolInfo,
-    ) -> RoundKeys:
-        """Charge the round before it starts, unless it was when a run was cut off; return its keys."""
-        plan = self.plan
-        charged = ranges_of(range(plan.config.gateways) if plan.spec.secret_participation else cohort)
+    def _charge(self, session: Session, curve: EpsilonCurve, info: PoolInfo) -> tuple[RoundKeys, Sequence[int]]:
+        """Charge the next round before it starts, unless it was when a run was cut off; return its keys and cohort."""
+        plan, keys = self.plan, session.keys()
+        # A secret cohort is what amplifies: each attempt is charged as a sample of its own, so each attempt draws one. A
+        # public cohort amplifies nothing and has to be known to be charged: it is the round's, whatever the attempt.
+        secret = plan.spec.secret_participation
+        cohort = range(plan.config.gateways) if secret else participation(plan, keys)
         attempt = session.ledger.charge(
-            round_index=index,
-            gateways=charged,
+            round_index=keys.round_index,
+            gateways=ranges_of(cohort),
             steps=plan.config.local_steps,
             level=plan.spec.noise_level,
-            inputs=inputs_digest(plan, session.params, info, charged),
-            afford=lambda: curve.check_budget(session.ledger, index),
+            inputs=inputs_digest(plan, session.params, info, ranges_of(cohort)),
+            afford=lambda: curve.check_budget(session.ledger, keys.round_index),
         )
-        if plan.spec.secret_participation:
-            session.files.append_private({"round": index, "attempt": attempt, "cohort": list(map(int, cohort))})
-        return RoundKeys(round_key=round_key, round_index=index, attempt=attempt)
+        keys = session.keys(attempt)
+        if secret:
+            cohort = participation(plan, keys)
+            session.files.append_private(
+                {"round": keys.round_index, "attempt": attempt, "cohort": list(map(int, cohort))}
+            )
+        return keys, cohort
 
     def _settle(
         self,
@@ -231,7 +233,9 @@ class Orchestrator:
             afford=lambda: curve.check_budget(session.ledger, keys.round_index),
         )
         session.note_ledger()
-        return RoundKeys(round_key=keys.round_key, round_index=keys.round_index, attempt=attempt)
+        # Of another attempt, should one have been charged: its noise. Its cohort stays the first one's, which is why
+        # participation amplifies nothing where gateways may be left out.
+        return session.keys(attempt)
 
     def _finish(self, session: Session, stopped: str | None) -> Run:
         plan, files = self.plan, session.files
@@ -274,13 +278,12 @@ class Orchestrator:
         return Run(model=plan.model.eval(), history=tuple(state.history), privacy=card, path=path)
 
 
-def participation(plan: Plan, round_key: bytes, index: int) -> Sequence[int]:
-    """Return the round's cohort: everybody, or each gateway with probability --participation (keyed Poisson)."""
+def participation(plan: Plan, keys: RoundKeys) -> Sequence[int]:
+    """Return the cohort under these keys: everybody, or each gateway with probability --participation (keyed Poisson)."""
     config = plan.config
     if config.participation >= 1.0:
         return range(config.gateways)
-    stream = RoundKeys(round_key=round_key, round_index=index).stream("participation", 0)
-    chosen: list[int] = stream.bernoulli(0, config.gateways, config.participation).tolist()
+    chosen: list[int] = keys.stream("participation", 0).bernoulli(0, config.gateways, config.participation).tolist()
     return chosen
 
 
@@ -294,12 +297,17 @@ def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ra
         # Another build, processor or cut into sub-groups may round differently, and the same noise must not meet
         # another value.
         "versions": report.versions(),
-        "machine": (platform.machine(), torch.backends.cpu.get_cpu_capability(), os.sysconf("SC_PHYS_PAGES")),
-        "memory_limit": plan.config.memory_limit,
+        "hardware": info.hardware,
+        "orchestrator": hardware_of(_own_device(info)),
     }
     found = hashlib.sha256(json.dumps(constants, sort_keys=True).encode())
     found.update(params.data)
     return found.hexdigest()
+
+
+def _own_device(info: PoolInfo) -> torch.device:
+    """Return where the orchestrator averages and scores: on its GPU when it has one and gateways train on theirs."""
+    return torch.device("cuda" if info.device == "cuda" and torch.cuda.is_available() else "cpu")
 
 
 def _remedy(session: Session | None) -> str:

@@ -21,7 +21,7 @@ from fedray.plan import Plan, UserParts, prepare
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
-from fedray.streams import commitment, extension_root, first_round_key
+from fedray.streams import RoundKeys, commitment, extension_root, first_round_key, new_incarnation, next_round_key
 
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
 _FREE = frozenset(
@@ -231,9 +231,11 @@ class Session:
             )
             files = RunDirectory.create(new_run_path(config), plan.setup_key, start, plan.identity(macs))
             stack.enter_context(files.lock())
+            ledger = Ledger(files.ledger)
+            ledger.charge_under(new_incarnation(config.seed))
             return cls(
                 files=files,
-                ledger=Ledger(files.ledger),
+                ledger=ledger,
                 history=[],
                 round=0,
                 generation=0,
@@ -250,6 +252,8 @@ class Session:
         files, state, config = reopened.files, reopened.state, plan.config
         reopened.check_goes_on(plan, macs)
         last = state.checkpoint
+        # Nobody can know whether this directory is a copy, or older than what was released: the noise is drawn anew.
+        state.ledger.charge_under(new_incarnation(config.seed))
         session = cls(
             files=files,
             ledger=state.ledger,
@@ -287,6 +291,19 @@ class Session:
         """Return the rounds that are still to be done of `rounds`; none when the run had ended."""
         return range(self.round + 1, rounds + 1) if self.round_key else range(0)
 
+    def keys(self, attempt: int | None = None) -> RoundKeys:
+        """Return the keys of the round that follows.
+
+        Args:
+            attempt: Which attempt at it, charged by now; None for what is drawn before, the same in each attempt and
+                for each process that opens the run.
+        """
+        key, index = next_round_key(self.round_key), self.round + 1
+        if attempt is None:
+            return RoundKeys(round_key=key, round_index=index)
+        incarnation = self.ledger.incarnation(index, attempt)
+        return RoundKeys(round_key=key, round_index=index, attempt=attempt, incarnation=incarnation)
+
     @property
     def resumable(self) -> bool:
         """Whether the run can go on after a stop."""
@@ -303,9 +320,9 @@ class Session:
             self.files.note_ledger(self.ledger)
             self.noted = len(self.ledger)
 
-    def advance(self, index: int, params: npt.NDArray[np.float32], round_key: bytes) -> None:
+    def advance(self, index: int, params: npt.NDArray[np.float32]) -> None:
         """A round is done."""
-        self.round, self.params, self.round_key = index, params, round_key
+        self.round, self.params, self.round_key = index, params, next_round_key(self.round_key)
 
     def checkpoint(self) -> Checkpoint:
         """Return the present state for the disk."""

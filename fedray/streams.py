@@ -2,8 +2,8 @@
 
 Knows nothing of models, privacy or Ray. A *root key* (32 bytes) yields the setup key (partition, model initialisation,
 MACs) and the first round key; round keys ratchet forward, so that a round's key does not give away earlier rounds.
-Under a round key, `RoundKeys` names a stream by purpose, gateway, round and attempt; the step is the nonce. A stream
-is the AES-256-CTR keystream under that key (NIST SP 800-38A), so its words are computationally indistinguishable from
+Under a round key, `RoundKeys` names a stream by purpose, gateway, round, attempt and incarnation; the step is the nonce.
+A stream is the AES-256-CTR keystream under that key (NIST SP 800-38A), so its words are computationally indistinguishable from
 uniform ones.
 
 The normals of a stream follow Box and Muller (1958): a 64-bit word gives the radius (so the tail is cut at 9.3 standard
@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from fedray.constants import constant
 
 KEY_BYTES = 32
+_INCARNATION_BYTES = 16  # two openings in 2^64 share one
 # Normals are made in blocks of this many pairs: enough to spread the cost of a call, few enough to stay in a cache.
 PAIRS_PER_BLOCK = 65536
 _BYTES_PER_PAIR = 12  # 8 for the radius, then 4 for the angle
@@ -84,6 +85,18 @@ def extension_root(key: bytes, seeded: bool, number: int) -> bytes:
         number: Which extension.
     """
     return derive_key(key, "extension", number) if seeded else secrets.token_bytes(KEY_BYTES)
+
+
+def new_incarnation(seed: int | None) -> str:
+    """Return a value that no other opening of a run directory has (hexadecimal), or "" for a run with a seed.
+
+    It sets apart the keys of two processes that go on from equal files, as copies and restored backups make them. It is
+    public: the keys stay secret without it.
+
+    Args:
+        seed: Of the run; a seeded run is the same whoever opens it ("simulation only").
+    """
+    return secrets.token_hex(_INCARNATION_BYTES) if seed is None else ""
 
 
 def commitment(key: bytes) -> str:
@@ -188,19 +201,25 @@ class RoundKeys:
         round_key: k_r, 32 bytes.
         round_index: r, from 1.
         attempt: 0, and one more each time the round is repeated with other inputs.
+        incarnation: Of the process that charged the attempt, see `new_incarnation`; "" in a seeded run.
     """
 
     round_key: bytes
     round_index: int
     attempt: int = 0
+    incarnation: str = ""
 
     def key(self, purpose: str, gateway: int) -> bytes:
         """Return the key of a gateway's stream for one purpose."""
-        return derive_key(self.round_key, purpose, gateway, self.round_index, self.attempt)
+        # Without an incarnation, the keys that seeded runs have always had.
+        own = derive_key(self.round_key, f"incarnation {self.incarnation}") if self.incarnation else self.round_key
+        return derive_key(own, purpose, gateway, self.round_index, self.attempt)
 
     def following(self) -> RoundKeys:
-        """Return the keys of the first attempt at the next round."""
-        return RoundKeys(round_key=next_round_key(self.round_key), round_index=self.round_index + 1)
+        """Return the keys of the first attempt at the next round, should this process charge it."""
+        return RoundKeys(
+            round_key=next_round_key(self.round_key), round_index=self.round_index + 1, incarnation=self.incarnation
+        )
 
     def stream(self, purpose: str, gateway: int) -> Stream:
         """Return a gateway's stream for one purpose; its steps are nonces."""

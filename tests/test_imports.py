@@ -34,6 +34,7 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.machines",),
     ("pool.pool", "pool.placement", "pool.connection"),
     ("pool.worker",),
+    ("pool.hardware",),
     ("training.engines",),
     ("training.reference", "training.stacked", "training.tracing", "training.program_check"),
     ("training.alone",),

@@ -48,10 +48,15 @@ class InlinePool:
         """Build the worker."""
         with _one_thread():
             self._worker = Worker(self._setup, self._device)
+        return self.info()
+
+    def info(self) -> PoolInfo:
+        """See `Pool.info`."""
         return PoolInfo(
             summary=self.describe(),
             groups=self._groups,
             device=self._device.type,
+            hardware=(self._started().hardware,),
         )
 
     def load(self, key: bytes) -> dict[int, str]:

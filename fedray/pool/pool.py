@@ -22,11 +22,13 @@ class PoolInfo:
         summary: One line for people.
         groups: Gateways of each actor.
         device: "cpu" or "cuda", the same for all actors.
+        hardware: Of each actor, what its results depend on (`Worker.hardware`); as last heard.
     """
 
     summary: str
     groups: tuple[range, ...]
     device: str
+    hardware: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,10 @@ class Pool(Protocol):
         Raises:
             InputError: The machine or cluster cannot host it.
         """
+        ...
+
+    def info(self) -> PoolInfo:
+        """Return where gateways run: as `start` said, but for actors that were replaced on other hardware since."""
         ...
 
     def load(self, key: bytes) -> dict[int, str]:

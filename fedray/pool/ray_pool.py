@@ -73,21 +73,26 @@ class _Actor:
         self._arguments = (setup, device, sharing)
         self._worker: Worker | None = None
 
-    def ready(self) -> str:
-        """Build the worker; return its kind of device."""
-        self._built()
-        return resolve_device(self._arguments[1]).type
+    def ready(self) -> tuple[str, str]:
+        """Build the worker; return its kind of device and its hardware."""
+        return resolve_device(self._arguments[1]).type, self._built().hardware
 
     def load(self, gateways: Sequence[int], key: bytes) -> dict[int, str]:
         """See `Worker.load`."""
         return self._built().load(gateways, key)
 
-    def train(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> GroupResult:
-        """See `Worker.train`; draw for the next round while the orchestrator is at work."""
+    def train(
+        self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]
+    ) -> tuple[str, GroupResult]:
+        """See `Worker.train`; draw for the next round while the orchestrator is at work.
+
+        Returns:
+            The hardware that the result was computed on, and the result.
+        """
         worker = self._built()
         result = worker.train(keys, params, gateways)
         worker.draw_ahead()
-        return result
+        return worker.hardware, result
 
     def _built(self) -> Worker:
         # Not in the constructor, whose errors Ray reports as deaths.
@@ -132,6 +137,7 @@ class RayPool:
         self._actors: dict[int, Any] = {}
         self._failures = 0
         self._kind = ""
+        self._hardware: dict[int, str] = {}  # of each actor, as last heard
         self._setup_ref: Any = None
         self._sharing: Counter[tuple[int | None, int]] = Counter()
         self._round: _Round | None = None
@@ -200,20 +206,28 @@ class RayPool:
         kinds = set()
         for index, call in ready.items():
             try:
-                kinds |= set(self._wait_all([call], START_TIMEOUT_S, "start"))
+                kind, self._hardware[index] = self._wait_all([call], START_TIMEOUT_S, "start")[0]
             except _ActorLostError as error:
-                kinds.add(self._restart(index, error, 0, time.monotonic() + START_TIMEOUT_S))
+                kind = self._restart(index, error, 0, time.monotonic() + START_TIMEOUT_S)
+            kinds.add(kind)
         if len(kinds) != 1:
             raise InputError(
                 f"actors found different devices ({', '.join(sorted(kinds))}), so results would depend on placement; "
                 "use --device cpu."
             )
-        self._kind = device = kinds.pop()
+        self._kind = kinds.pop()
+        return self.info()
+
+    def info(self) -> PoolInfo:
+        """See `Pool.info`."""
+        placement = self._placement
+        assert placement is not None, "start() comes first"
         hosts = len({slot.node for slot in placement.actors})
         return PoolInfo(
-            summary=f"{placement.describe()}, on {device}, 1 thread each, on {hosts} node{'s' * (hosts > 1)}",
+            summary=f"{placement.describe()}, on {self._kind}, 1 thread each, on {hosts} node{'s' * (hosts > 1)}",
             groups=placement.groups,
-            device=device,
+            device=self._kind,
+            hardware=tuple(self._hardware[index] for index in range(len(placement.actors))),
         )
 
     def load(self, key: bytes) -> dict[int, str]:
@@ -266,7 +280,9 @@ class RayPool:
             for call in ready:
                 index = current.pending.pop(call)
                 try:
-                    results[index] = self._ray.get(call, timeout=max(1.0, current.deadline - time.monotonic()))
+                    self._hardware[index], results[index] = self._ray.get(
+                        call, timeout=max(1.0, current.deadline - time.monotonic())
+                    )
                 except self._ray.exceptions.GetTimeoutError:  # it is on a machine that joined since, and does not come
                     current.pending[call] = index
                     self._give_up_on(current)
@@ -360,7 +376,10 @@ class RayPool:
             self._actors[index] = self._new_actor(index, anywhere=True)
             limit = min(START_TIMEOUT_S, max(1.0, deadline - time.monotonic()))
             try:
-                return str(self._wait_all([self._actors[index].ready.remote()], limit, "start again")[0])
+                kind, self._hardware[index] = self._wait_all(
+                    [self._actors[index].ready.remote()], limit, "start again"
+                )[0]
+                return str(kind)
             except _ActorLostError as again:
                 error = again
 

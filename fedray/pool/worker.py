@@ -18,6 +18,7 @@ from fedray.data.inputs import InputArrays, arrays, leaf_names, leaves
 from fedray.data.shards import RecordRules, Shard, ShardCache, Shards
 from fedray.errors import GatewayError, InputError
 from fedray.params import Layout
+from fedray.pool.hardware import hardware_of
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
 from fedray.streams import RoundKeys, mac
@@ -105,10 +106,15 @@ class Worker:
         setup: See `WorkerSetup`.
         device: Where to train.
         sharing: How many actors share the machine or GPU.
+
+    Attributes:
+        hardware: All that a gateway's result depends on beside its inputs: where it was trained, and the memory that
+            decides into which sub-groups a group is cut.
     """
 
     def __init__(self, setup: WorkerSetup, device: torch.device, sharing: int = 1) -> None:
         limit = memory_share(device, sharing) if setup.memory_limit is None else setup.memory_limit
+        self.hardware = f"{hardware_of(device)}; {limit} bytes to train in"
         self._setup = setup
         self._shards = ShardCache(setup.shards, setup.rules, limit_bytes=max(limit // 4, 1))
         self._trainer = new_trainer(

@@ -4,7 +4,8 @@ One JSON line an event, appended and fsynced before what it speaks of happens. E
 it, so that a changed or missing line is found. Epsilon is derived from the ledger and never stored in it.
 
 Events: "charge" (an attempt at a round is about to start), "arrival" (not the whole cohort arrived; written before the
-noise of the `gateway` level is drawn) and "extension" (a finished run gets more rounds under a fresh root key).
+noise of the `gateway` level is drawn), "extension" (a finished run gets more rounds under a fresh root key) and
+"incarnation" (the charges that follow are another process', whose noise has keys of its own).
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ class Entry:
     Args:
         event: What happened; the other fields mean the charged attempt unless said otherwise.
         round: From 1. Of an extension: the last finished round.
-        attempt: From 0; one more each time the round is repeated with other inputs. Of an extension: its number, from 1.
+        attempt: From 0; one more each time the round is repeated with other inputs. Of an extension or incarnation: its
+            number, from 1.
         gateways: Inclusive ranges of the gateways that are charged. Of an arrival: of those that arrived, empty when secret.
         steps: Local steps that each of them is charged; 0 for other events.
         level: The noise level.
         inputs: SHA-256 of all public inputs of the round (params, engine, device kind, groups, constants). Of an arrival:
-            a MAC of who arrived. Of an extension: a commitment to the new root key.
+            a MAC of who arrived. Of an extension: a commitment to the new root key. Of an incarnation: its value.
         rounds: Of an extension: how many rounds the run has from now on; else 0.
     """
 
-    event: Literal["charge", "arrival", "extension"] = "charge"
+    event: Literal["charge", "arrival", "extension", "incarnation"] = "charge"
     round: int
     attempt: int
     gateways: Ranges
@@ -84,6 +86,9 @@ class Ledger:
 
     def __init__(self, path: Path | None, entries: Iterable[Entry] = ()) -> None:
         self._path = path
+        self._incarnation = ""  # the last one in the file
+        self._wanted_incarnation: str | None = None  # None: go on under that one
+        self._incarnation_of: dict[tuple[int, int], str] = {}  # by round and attempt
         self._entries: list[Entry] = []
         self._of_round: defaultdict[int, list[Entry]] = defaultdict(list)
         self._most = [Charges(steps=0, rounds=0)]  # after each entry
@@ -110,6 +115,25 @@ class Ledger:
         """Tell whether the first `length` lines have this chained hash."""
         return length < len(self._heads) and self._heads[length] == head
 
+    def charge_under(self, incarnation: str) -> None:
+        """Let all charges from now on be another process' than those before; the first of them writes it down.
+
+        Args:
+            incarnation: See `fedray.streams.new_incarnation`.
+
+        Guarantee:
+            The incarnation is on disk before the first charge under it, and what was charged before keeps its own. So
+            two processes that go on from equal files repeat what both find charged under equal keys, and share no other.
+
+        Edge cases:
+            A process that charges nothing new, or has no incarnation (a seeded run), writes none.
+        """
+        self._wanted_incarnation = incarnation
+
+    def incarnation(self, round_index: int, attempt: int) -> str:
+        """Return the incarnation under which an attempt was charged; "" for none."""
+        return self._incarnation_of[round_index, attempt]
+
     def charge(
         self,
         *,
@@ -133,13 +157,14 @@ class Ledger:
         Guarantee:
             The charge is on disk when this returns. The same round with the same inputs is the same attempt: its noise
             is the same, so nothing more is released and nothing more is charged. Other inputs make a new attempt with
-            fresh noise and a new charge.
+            fresh noise and a new charge, under this process' incarnation.
         """
         attempts = self._events("charge", round_index)
         for entry in attempts:
             if (entry.inputs, entry.gateways) == (inputs, gateways):
                 return entry.attempt
         afford()
+        self._record_incarnation(round_index, level)
         entry = Entry(
             round=round_index, attempt=len(attempts), gateways=gateways, steps=steps, level=level, inputs=inputs
         )
@@ -235,6 +260,22 @@ class Ledger:
             last -= 1
         return self._most[last]
 
+    def _record_incarnation(self, round_index: int, level: str) -> None:
+        wanted = self._wanted_incarnation
+        if wanted is not None and wanted != self._incarnation:
+            number = 1 + sum(entry.event == "incarnation" for entry in self._entries)
+            self._append(
+                Entry(
+                    event="incarnation",
+                    round=round_index,
+                    attempt=number,
+                    gateways=(),
+                    steps=0,
+                    level=level,
+                    inputs=wanted,
+                )
+            )
+
     def _events(self, event: str, round_index: int) -> list[Entry]:
         return [entry for entry in self._of_round[round_index] if entry.event == event]
 
@@ -251,6 +292,9 @@ class Ledger:
         self._of_round[entry.round].append(entry)
         if entry.event == "charge":
             self._tally.add(entry.gateways, entry.steps)
+            self._incarnation_of[entry.round, entry.attempt] = self._incarnation
+        elif entry.event == "incarnation":
+            self._incarnation = entry.inputs
         self._most.append(self._tally.most())
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedray import streams
+from fedray import orchestrator, streams
 from fedray.privacy import accounting, clipping, levels, mechanism, noise
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
@@ -105,6 +105,23 @@ def noise_shared_by_attempts(patch: Patch, engine: str) -> None:
     """A retry with other inputs gets the noise of the first attempt."""
     key = RoundKeys.key
     patch.setattr(RoundKeys, "key", lambda self, purpose, gateway: key(replace(self, attempt=0), purpose, gateway))
+
+
+def keys_without_incarnation(patch: Patch, engine: str) -> None:
+    """Whoever opens the directory draws from the same keys."""
+    key = RoundKeys.key
+    patch.setattr(RoundKeys, "key", lambda self, purpose, gateway: key(replace(self, incarnation=""), purpose, gateway))
+
+
+def repeated_under_the_new_incarnation(patch: Patch, engine: str) -> None:
+    """A round that was charged before is repeated without a charge, but with other noise."""
+    patch.setattr(Ledger, "incarnation", lambda self, round_index, attempt: self._wanted_incarnation)
+
+
+def cohort_without_the_attempt(patch: Patch, engine: str) -> None:
+    """Each attempt at a round has the same secret cohort."""
+    draw = orchestrator.participation
+    replace_everywhere(patch, draw, lambda plan, keys: draw(plan, replace(keys, attempt=0)))
 
 
 def aggregate_noise_ignores_who_arrived(patch: Patch, engine: str) -> None:
@@ -484,6 +501,9 @@ MUTANTS: Applied = {
     "noise shared by rounds": noise_shared_by_rounds,
     "noise shared by attempts": noise_shared_by_attempts,
     "keys start again on resume": keys_start_again_on_resume,
+    "round keys without incarnation": keys_without_incarnation,
+    "repeated under the new incarnation": repeated_under_the_new_incarnation,
+    "cohort drawn without the attempt": cohort_without_the_attempt,
     "aggregate noise ignores who arrived": aggregate_noise_ignores_who_arrived,
     "no clipping": no_clipping,
     "non-finite let through": non_finite_let_through,

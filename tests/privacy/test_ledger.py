@@ -116,6 +116,82 @@ def test_ranges_cover_exactly_the_gateways(gateways: set[int]) -> None:
     assert all(one[1] + 1 < two[0] for one, two in pairwise(ranges))
 
 
+def test_charge_under_writes_the_incarnation_before_the_first_charge_only(tmp_path: Path) -> None:
+    """One line, ahead of the first charge that uses it; those before have none."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    charge(ledger, 1)
+    ledger.charge_under("ab")
+    assert len(path.read_text().splitlines()) == 1, "nothing was charged under it yet"
+    charge(ledger, 2)
+    charge(ledger, 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["charge", "incarnation", "charge", "charge"]
+    assert (lines[1]["inputs"], lines[1]["attempt"], lines[1]["steps"], lines[1]["gateways"]) == ("ab", 1, 0, [])
+    assert [ledger.incarnation(index, 0) for index in (1, 2, 3)] == ["", "ab", "ab"]
+    assert ledger.charges() == Charges(steps=12, rounds=3)
+
+
+def test_charge_read_back_keeps_its_own_incarnation(tmp_path: Path) -> None:
+    """Repeated with equal inputs it is what it was; with others, or later, it is the new process'."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.charge_under("ab")
+    charge(ledger, 1)
+    charge(ledger, 2)
+    size = path.stat().st_size
+    again = read(path)
+    again.charge_under("cd")
+    assert charge(again, 2) == 0
+    assert again.incarnation(2, 0) == "ab"
+    assert path.stat().st_size == size, "nothing new was charged, so nothing is written"
+    assert charge(again, 2, inputs="b") == 1
+    assert charge(again, 3) == 0
+    once_more = read(path)
+    assert [once_more.incarnation(*which) for which in ((1, 0), (2, 0), (2, 1), (3, 0))] == ["ab", "ab", "cd", "cd"]
+    assert once_more.head == again.head
+
+
+def test_an_attempt_that_another_arrival_charges_has_the_new_incarnation(tmp_path: Path) -> None:
+    """The noise of a second arrived set is the new process', whoever charged the first."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.charge_under("ab")
+    charge(ledger, 1)
+    again = read(path)
+    again.charge_under("cd")
+    assert charge(again, 1) == 0
+    attempt = again.arrive(
+        round_index=1, attempt=0, arrived=((0, 1),), label="mac", everybody=False, central_noise=True
+    )
+    assert (attempt, again.incarnation(1, attempt)) == (1, "cd")
+
+
+def test_a_seeded_run_has_no_incarnation(tmp_path: Path) -> None:
+    """It is the same whoever goes on with it, and so is its ledger."""
+    path = tmp_path / "ledger.jsonl"
+    for _ in range(2):
+        ledger = read(path) if path.exists() else Ledger(path)
+        ledger.charge_under("")
+        charge(ledger, 1)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["charge"]
+    assert ledger.incarnation(1, 0) == ""
+
+
+def test_an_incarnation_that_a_crash_left_without_a_charge_is_followed_by_another(tmp_path: Path) -> None:
+    """A kill between the two lines costs nothing; what is charged later is the later process'."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.charge_under("ab")
+    charge(ledger, 1)
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    again = read(path)
+    again.charge_under("cd")
+    assert charge(again, 1) == 0
+    assert again.incarnation(1, 0) == "cd"
+    assert again.charges() == Charges(steps=4, rounds=1)
+
+
 def written(path: Path, rounds: int = 4) -> list[bytes]:
     """Write a ledger and return its lines."""
     ledger = Ledger(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ENGINES
-from tests.privacy import books, proofs
+from tests.privacy import books, proofs, rollbacks
 from tests.privacy.mutants import MUTANTS
 
 Proof = Callable[[str, Path], None]
@@ -25,6 +25,9 @@ PROOFS: dict[str, Proof] = {
     "T2 streams": lambda engine, out: proofs.stream_independence(),
     "T2 resume, sample": lambda engine, out: proofs.resumed_noise_is_fresh("sample", out),
     "T2 resume, gateway": lambda engine, out: proofs.resumed_noise_is_fresh("gateway", out),
+    "T2 copies, sample": lambda engine, out: rollbacks.copies_share_no_noise("sample", out),
+    "T2 copies, gateway": lambda engine, out: rollbacks.copies_share_no_noise("gateway", out),
+    "T2 cohorts": lambda engine, out: rollbacks.each_attempt_draws_its_own_cohort(out),
     "T3 N=200": lambda engine, out: proofs.sampler_law(200),
     "T3 N=20": lambda engine, out: proofs.sampler_law(20),
     "T3 empty, sample": lambda engine, out: proofs.empty_batches_are_steps(engine, "sample"),
@@ -59,6 +62,9 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "noise shared by rounds": ("T2 sample", "T2 batch", "T2 streams", "T3 N=200"),
     "noise shared by attempts": ("T2 sample", "T2 batch", "T2 streams", "T3 N=200"),
     "keys start again on resume": ("T2 resume, sample", "T2 resume, gateway"),
+    "round keys without incarnation": ("T2 copies, sample", "T2 copies, gateway"),
+    "repeated under the new incarnation": ("T2 copies, sample",),
+    "cohort drawn without the attempt": ("T2 cohorts",),
     "aggregate noise ignores who arrived": ("T2 streams",),
     "no clipping": ("T4 sample", "T4 batch", "T4 gateway"),
     "non-finite let through": ("T4 sample", "T4 batch"),

@@ -110,8 +110,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """Return a run's ledger without its openings, of which an unseeded run has one each time that it starts."""
-    return [entry for entry in lines(run / "ledger.jsonl") if entry["event"] != "opening"]
+    """Return a run's ledger without its incarnations, of which an unseeded run has one for each process that charged."""
+    return [entry for entry in lines(run / "ledger.jsonl") if entry["event"] != "incarnation"]
 
 
 def round_keys(run: Path) -> int:

@@ -151,6 +151,29 @@ def test_resume_ends_as_undisturbed_when_killed_at_random_instants(level: str, d
     pytest.fail(f"only {killed} runs were killed, {within} of them with a run directory")
 
 
+def test_unseeded_run_killed_at_any_write_to_its_ledger_goes_on_with_its_charges(disk: Path) -> None:
+    """What was charged is repeated under its own incarnation; a new one is written once, before what it charges."""
+    changes: dict[str, Any] = {"rounds": 2, "seed": None}
+    log = operations(disk / "whole", changes)
+    instants = [index for index, what in enumerate(log) if "ledger.jsonl" in what and "run/" in what]
+    assert len(instants) >= 6
+    for fatal in instants:
+        folder = disk / f"killed-{fatal}"
+        folder.mkdir()
+        assert in_child(watched, folder, fatal, True, changes) == -9
+        run = folder / "run"
+        before = (run / "ledger.jsonl").read_bytes()
+        resume(run)
+        after = (run / "ledger.jsonl").read_bytes()
+        assert after.startswith(before[: before.rfind(b"\n") + 1])
+        entries = lines(run / "ledger.jsonl")
+        assert [(e["round"], e["attempt"]) for e in entries if e["event"] == "charge"] == [(1, 0), (2, 0)]
+        values = [entry["inputs"] for entry in entries if entry["event"] == "incarnation"]
+        assert 1 <= len(values) == len(set(values)) <= 2
+        assert entries[0]["event"] == "incarnation"
+        assert_true(run)
+
+
 def test_run_directory_appears_complete_or_not_at_all(disk: Path) -> None:
     log = operations(disk / "whole", {"rounds": 1})
     appears = next(

@@ -66,7 +66,7 @@ def _charged(path: Path) -> list[tuple[int, int]]:
 
 def _openings(path: Path) -> list[str]:
     lines = [json.loads(line) for line in (path / "ledger.jsonl").read_text().splitlines()]
-    return [line["inputs"] for line in lines if line["event"] == "opening"]
+    return [line["inputs"] for line in lines if line["event"] == "incarnation"]
 
 
 def _most_correlated(one: Params, other: Params, rounds: range) -> tuple[float, float]:
@@ -120,7 +120,7 @@ def test_each_opening_is_in_the_ledger_before_what_it_charges(tmp_path: Path, se
     openings = _openings(tmp_path / "run")
     assert len(openings) == len({*openings}) == 2
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-    assert events == ["opening", "charge", "charge", "opening", "charge", "charge"]
+    assert events == ["incarnation", "charge", "charge", "incarnation", "charge", "charge"]
 
 
 def test_copies_of_a_seeded_directory_end_alike(tmp_path: Path, seen: Params) -> None:
