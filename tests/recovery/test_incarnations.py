@@ -34,9 +34,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Params:
     found: Params = {}
     advance = Session.advance
 
-    def noted(self: Session, index: int, params: Any, round_key: bytes) -> None:
+    def noted(self: Session, index: int, params: Any) -> None:
         found[index] = np.array(params, np.float64)
-        advance(self, index, params, round_key)
+        advance(self, index, params)
 
     monkeypatch.setattr(Session, "advance", noted)
     return found
