@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from families import gate
 from families.family import Family
-from families.gate import distance, first_sums
-from families.job import BATCH, Job, Refused, new_keys, reason
+from families.job import BATCH, Job, Refused, reason
 from families.systems import Fedray, Opacus, Plain, PlainLoop, System
 
 from fedray.plan import Plan
+from fedray.streams import RoundKeys
 
 TOLERANCE = 1e-4  # of the device's clipped sums against the CPU's (relative L2)
 GATEWAYS = (16, 256, 4096)
@@ -119,16 +121,22 @@ class Benchmark:
     def equalities(self) -> Iterator[Equality]:
         """Yield, model by model, how far the device is from the CPU."""
         for key, family in self._families.items():
-            job = Job(family, gateways=2, local_steps=1)
             try:
-                plan, keys = job.plan(), new_keys()
-                here = first_sums(plan, job, keys)
-                there, again = (first_sums(plan, job, keys, self._device) for _ in range(2))
+                yield self._equality(key, Job(family, gateways=gate.GATEWAYS, local_steps=1, batch=gate.BATCH))
             except Exception as error:  # whatever a device does to a model: the other models are still worth measuring
                 yield Equality(model=key, failure=reason(error))
-                continue
-            same = all((one == other).all() for one, other in zip(there.sums, again.sums, strict=True))
-            yield Equality(model=key, distance=distance(there.sums, here.sums), repeatable=same)
+
+    def _equality(self, key: str, job: Job) -> Equality:
+        plan, repeatable = job.plan(), True
+
+        def apart(keys: RoundKeys) -> float:
+            nonlocal repeatable
+            here = gate.first_sums(plan, job, keys)
+            there, again = (gate.first_sums(plan, job, keys, self._device) for _ in range(2))
+            repeatable &= all(map(np.array_equal, there.sums, again.sums))
+            return gate.distance(there.sums, here.sums)
+
+        return Equality(model=key, distance=gate.least_distance(apart, TOLERANCE), repeatable=repeatable)
 
     def rows(self) -> Iterator[Row]:
         """Yield rows, those of few gateways first; systems that go gateway by gateway are as fast with many."""

@@ -52,6 +52,7 @@ class Job:
         local_steps: None for the family's own.
         num_shards: How many shards differ; gateways past that many hold the same records again, which spares memory.
         device: Where it is trained.
+        batch: B, the expected records of a step.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Job:
         local_steps: int | None = None,
         num_shards: int = GATEWAYS,
         device: torch.device = CPU,
+        batch: int = BATCH,
     ) -> None:
         self.family = family
         self.gateways = gateways
         self.local_steps = family.local_steps if local_steps is None else local_steps
         self.device = device
+        self.batch = batch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             self._model = family.build().train()
@@ -76,7 +79,7 @@ class Job:
     @property
     def samples(self) -> int:
         """Expected records a round."""
-        return self.gateways * self.local_steps * BATCH
+        return self.gateways * self.local_steps * self.batch
 
     @property
     def privacy(self) -> PrivacySpec:
@@ -86,8 +89,8 @@ class Job:
             noise_multiplier=1.0,
             clip_norm=1.0,
             delta=1e-5,
-            batch_size=BATCH,
-            sample_rate=BATCH / RECORDS,
+            batch_size=self.batch,
+            sample_rate=self.batch / RECORDS,
             local_steps=self.local_steps,
             expected_cohort=float(self.gateways),
         )
@@ -116,7 +119,7 @@ class Job:
         config = RunConfig(
             gateways=_PLANNED,
             local_steps=self.local_steps,
-            batch_size=BATCH,
+            batch_size=self.batch,
             lr=LR,
             noise_multiplier=1.0,
             samples_per_gateway=RECORDS,

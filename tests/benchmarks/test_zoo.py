@@ -53,7 +53,7 @@ def test_token_losses_leave_out_what_is_not_hidden() -> None:
     assert losses[1] == 0.0
 
 
-@pytest.mark.parametrize("key", ["mlp", "dropout", "tied", "two-inputs-dict"])
+@pytest.mark.parametrize("key", ["mlp", "dropout", "tied", "two-inputs-dict", "resnet"])
 def test_gate_finds_the_sums_of_single_records(key: str) -> None:
     assert gate.check(FAMILIES[key]) <= 1e-5
 
@@ -62,6 +62,16 @@ def test_gate_stops_what_is_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "TOLERANCE", 0.0)
     with pytest.raises(gate.NotEqual, match=r"MLP 32-64-64-10.*nothing is timed"):
         gate.check(FAMILIES["mlp"])
+
+
+def test_gate_takes_another_draw_where_one_lies_on_a_kink() -> None:
+    found = iter([3e-4, float("nan"), 1e-6, 0.0])
+    assert gate.least_distance(lambda _: next(found), 1e-5) == 1e-6
+
+
+@pytest.mark.parametrize("wrong", [3e-4, float("nan")])
+def test_gate_does_not_take_what_is_wrong_in_every_draw(wrong: float) -> None:
+    assert not gate.least_distance(lambda _: wrong, 1e-5) <= 1e-5
 
 
 def test_gate_sees_one_record_less() -> None:
