@@ -40,19 +40,26 @@ class PrivacyLoss:
         direction: Which of the two worlds holds the record (or gateway), or that both hold one.
 
     Attributes:
-        weights: [n] probabilities under P of the nodes of a quadrature.
+        weights: [n] probabilities under P of the nodes of a quadrature, in ascending order.
         losses: [n] losses there; with the weights they give moments.
+        ends: [p + 1] losses at the ends of the quadrature's panels.
+        below: [p + 1] the probability under P of less than each end's loss.
+        above: [p + 1] the probability under P of more than each end's loss.
     """
 
     def __init__(self, noise_multiplier: float, rate: float, direction: Direction) -> None:
         self._shift = 1 / noise_multiplier
         self._rate = rate
         self._direction = direction
-        self.lowest = -OUTSIDE
-        self.highest = OUTSIDE + (0.0 if direction == "add" else self._shift)
-        y, widths = _quadrature(np.linspace(self.lowest, self.highest, self._panels(_COARSE_PANEL) + 1))
+        highest = OUTSIDE + (0.0 if direction == "add" else self._shift)
+        self._edges = np.linspace(-OUTSIDE, highest, math.ceil((highest + OUTSIDE) / _COARSE_PANEL) + 1)
+        y, widths = _quadrature(self._edges)
         self.weights = self._density(y) * widths
         self.losses = self.at(y)
+        self.ends = self.at(self._edges)
+        masses = self.weights.reshape(-1, len(_NODES)).sum(1) * (1 + _SLACK)
+        self.below = MASS_OUTSIDE + np.append(0.0, np.cumsum(masses))
+        self.above = MASS_OUTSIDE + np.append(np.cumsum(masses[::-1])[::-1], 0.0)
 
     def at(self, y: Float64Array) -> Float64Array:
         """Return the loss at outputs."""
@@ -65,10 +72,10 @@ class PrivacyLoss:
 
     def divergence(self, epsilon: float) -> float:
         """Return delta(epsilon) of one event, the hockey-stick divergence, at most 1e-9 (relative) above the truth."""
-        start = float(self._outputs(np.array([epsilon]))[0])
-        if start >= self.highest:
+        start, highest = float(self._outputs(np.array([epsilon]))[0]), float(self._edges[-1])
+        if start >= highest:
             return MASS_OUTSIDE
-        edges = np.linspace(start, self.highest, max(2, math.ceil((self.highest - start) / _PANEL) + 1))
+        edges = np.linspace(start, highest, max(2, math.ceil((highest - start) / _PANEL) + 1))
         y, widths = _quadrature(edges)
         excess = np.maximum(-np.expm1(epsilon - self.at(y)), 0.0)
         return float((self._density(y) * widths) @ excess) * (1 + _SLACK) + MASS_OUTSIDE
@@ -87,21 +94,23 @@ class PrivacyLoss:
             low, high = (middle, high) if self.divergence(middle) > delta else (low, middle)
         return high
 
-    def on_grid(self, interval: float) -> tuple[int, Float64Array]:
+    def on_grid(self, interval: float, first_end: int, last_end: int) -> tuple[int, Float64Array]:
         """Return the loss rounded to multiples of `interval`, pessimistically: the lowest multiple, and all probabilities.
 
         The mass between two multiples goes to both, so that its probability under Q, the mean of e^(−loss), stays ("connect
         the dots", Doroshenko et al. 2022). The divergence is convex in e^(−loss) and can only grow, composed or not.
 
-        Edge cases:
-            What lies below the range (P < 1e-30) counts with the lowest multiple, what lies above with an infinite loss.
+        Args:
+            interval: Positive.
+            first_end: Index of the end below which everything counts with the lowest multiple.
+            last_end: Index of the end above which nothing is returned: `above` there counts with an infinite loss.
         """
-        ends = self.at(np.array([self.lowest, self.highest]))
-        first, last = math.floor(ends[0] / interval), math.ceil(ends[1] / interval)
+        lowest, highest = float(self._edges[first_end]), float(self._edges[last_end])
+        first, last = math.floor(self.ends[first_end] / interval), math.ceil(self.ends[last_end] / interval)
         probabilities = np.zeros(last - first + 2)
         for start in range(first, last + 1, _BLOCK):
             multiples = np.arange(start, min(start + _BLOCK, last + 1) + 1)
-            y = np.clip(self._outputs(multiples * interval), self.lowest, self.highest)
+            y = np.clip(self._outputs(multiples * interval), lowest, highest)
             pieces = np.maximum(np.ceil(np.diff(y) / _PANEL), 1).astype(int)
             cell = np.repeat(np.arange(len(pieces)), pieces)
             within = np.arange(len(cell)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -115,11 +124,8 @@ class PrivacyLoss:
             at = start - first
             probabilities[at : at + len(pieces)] += np.bincount(cell, whole - upper, len(pieces))
             probabilities[at + 1 : at + 1 + len(pieces)] += np.bincount(cell, upper, len(pieces))
-        probabilities[0] += MASS_OUTSIDE
+        probabilities[0] += self.below[first_end]
         return first, np.maximum(probabilities, 0.0)
-
-    def _panels(self, width: float) -> int:
-        return math.ceil((self.highest - self.lowest) / width)
 
     def _density(self, y: Float64Array) -> Float64Array:
         """Return P's density."""
