@@ -21,7 +21,7 @@ Float64Array = npt.NDArray[np.float64]
 
 _PRECISION = 3e-4  # of epsilon: what a grid is chosen for
 _ACCEPTED = 1e-3  # where a grid that was chosen for another epsilon is finer than that, it is kept
-_MOST_POINTS = 2**21  # of one event's loss
+_MOST_POINTS = 2**21  # of a loss; reached only where delta is all but the whole total variation, and epsilon next to nothing
 _OUTSIDE = 1e-14  # mass of the tilted distribution outside of the range
 _LARGEST_EXPONENT = 600.0  # what lies beyond is nothing, or certainly too much; denormal numbers would be slow
 _SMALLEST_MODE = 1e-30  # of a spectrum; the transform's rounding is 1e-16
@@ -151,7 +151,9 @@ class ComposedLoss:
             added = count * float(tilted @ (share * (1 - share))) * interval**2
             return interval * hazard <= 0.5 and max(added, interval**2 / 4) <= allowed
 
-        low = math.ceil(math.log2(float(np.diff(self._loss.ends[list(ends)])[0]) / _MOST_POINTS))
+        deviation = math.sqrt(count * max(float(tilted @ losses**2) - float(tilted @ losses) ** 2, 0.0))
+        most = max(float(np.diff(self._loss.ends[list(ends)])[0]), 16 * deviation)
+        low = math.ceil(math.log2(most / _MOST_POINTS))
         high = max(low, math.floor(math.log2(epsilon)) - 2)
         while high > low and not fits(high):
             high -= 1
