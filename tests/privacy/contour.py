@@ -76,10 +76,11 @@ class Contour:
                 break
             start = float(edges[-1])
             width *= 1.0
-        if math.exp(min(peak - c * near, 700.0)) > 1e8 * delta:
-            raise ArithmeticError("too few digits are left")
         s = c + 1j * np.concatenate(t)
         exponents, widths = np.concatenate(values), np.concatenate(dt)
+
+        if float(np.abs(np.exp(exponents - s * near) / (s * (s + 1))) @ widths) > 1e8 * delta:
+            raise ArithmeticError("too few digits are left")
 
         def found(epsilon: float) -> float:
             return float((np.exp(exponents - s * epsilon) / (s * (s + 1))).real @ widths) / math.pi
