@@ -20,7 +20,7 @@ from fedray.privacy.loss import PrivacyLoss
 Float64Array = npt.NDArray[np.float64]
 
 _PRECISION = 1e-4  # of epsilon: what a grid is chosen for
-_ACCEPTED = 4e-4  # where a grid that was chosen for another epsilon is finer than that, it is kept
+_ACCEPTED = 3e-4  # where a grid that was chosen for another epsilon is finer than that, it is kept
 _MOST_POINTS = 2**21  # of a loss; reached only where delta is all but the whole total variation, and epsilon next to nothing
 _OUTSIDE = 1e-14  # mass of the tilted distribution outside of the range
 _LARGEST_EXPONENT = 600.0  # what lies beyond is nothing, or certainly too much; denormal numbers would be slow
@@ -136,7 +136,7 @@ class ComposedLoss:
     def _interval(
         self, count: int, epsilon: float, order: float, hazard: float, ends: tuple[int, int], precision: float
     ) -> float:
-        """Return the largest power of two on whose grid epsilon is about as precise as wanted.
+        """Return the largest interval, of four an octave, on whose grid epsilon is about as precise as wanted.
 
         Rounding a loss between two multiples adds the variance (loss − lower)(upper − loss), and half of it to the mean. Where
         delta falls at the rate `hazard`, `count` times that moves epsilon by (1 + hazard) / 2 of it.
@@ -145,7 +145,7 @@ class ComposedLoss:
         allowed = 2 * precision * epsilon / (1 + hazard)
 
         def fits(exponent: int) -> bool:
-            interval = 2.0**exponent
+            interval = 2.0 ** (exponent / 4)
             share = losses / interval
             share = share - np.floor(share)
             added = count * float(tilted @ (share * (1 - share))) * interval**2
@@ -153,11 +153,13 @@ class ComposedLoss:
 
         deviation = math.sqrt(count * max(float(tilted @ losses**2) - float(tilted @ losses) ** 2, 0.0))
         most = max(float(np.diff(self._loss.ends[list(ends)])[0]), 8 * deviation)
-        low = math.ceil(math.log2(most / _MOST_POINTS))
-        high = max(low, math.floor(math.log2(epsilon)) - 2)
-        while high > low and not fits(high):
-            high -= 1
-        return 2.0**high
+        low = math.ceil(4 * math.log2(most / _MOST_POINTS))
+        found = max(low, math.floor(4 * math.log2(epsilon)) - 8)
+        while found > low and not fits(found):
+            found = max(low, found - 4)
+        while fits(found + 1) and 2.0 ** ((found + 1) / 4) < epsilon / 4:
+            found += 1
+        return float(2.0 ** (found / 4))
 
     def _rounded(self, interval: float, ends: tuple[int, int]) -> tuple[int, Float64Array]:
         """Return one event's loss on a grid, which several counts may share: the lowest multiple, and log probabilities."""
