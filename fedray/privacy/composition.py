@@ -153,7 +153,7 @@ class ComposedLoss:
 
         deviation = math.sqrt(count * max(float(tilted @ losses**2) - float(tilted @ losses) ** 2, 0.0))
         most = max(float(np.diff(self._loss.ends[list(ends)])[0]), 8 * deviation)
-        low = math.ceil(4 * math.log2(most / _MOST_POINTS))
+        low = math.ceil(4 * math.log2(max(most, 1e-6 * epsilon) / _MOST_POINTS))
         found = max(low, math.floor(4 * math.log2(epsilon)) - 8)
         while found > low and not fits(found):
             found = max(low, found - 4)
