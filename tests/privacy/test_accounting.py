@@ -8,13 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dp_accounting.pld import pld_pmf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedray.privacy import accounting, levels
 from fedray.privacy.accounting import Charges
-from fedray.privacy.composition import ComposedLoss
 from fedray.privacy.levels import Event
 from tests.privacy import books
 from tests.privacy.worlds import spec_of
@@ -134,50 +132,6 @@ def test_epsilon_agrees_with_dp_accounting(seed: int) -> None:
     steps, delta = int(10 ** rng.uniform(0, 2.7)), float(10 ** rng.uniform(-7, -4))
     found = accounting.epsilon_of(step_event(sigma, rate), steps, delta)
     assert found == pytest.approx(books.independent_epsilon(sigma, rate, steps, delta), rel=0.01, abs=1e-3)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_composed_loss_equals_the_librarys(seed: int) -> None:
-    """On the same grid our composition gives dp-accounting's epsilon to the digits that its FFT has."""
-    rng = np.random.default_rng(seed)
-    sigma, rate = float(rng.uniform(0.6, 5)), float(10 ** rng.uniform(-3, -0.2))
-    count, delta = int(10 ** rng.uniform(0, 3)), float(10 ** rng.uniform(-8, -2))
-    event = replace(step_event(sigma, rate), replaces=bool(seed % 2))
-    library = accounting.one_event_distribution(event).self_compose(count).get_epsilon_for_delta(delta)
-    assert accounting.epsilon_of(event, count, delta) == pytest.approx(library, rel=1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize("delta", [1e-3, 1e-8, 1e-12, 1e-14, 1.1e-15])
-@pytest.mark.parametrize(("sigma", "count"), [(1.0, 1), (4.0, 50), (20.0, 2000)])
-def test_composed_loss_is_true_down_to_the_smallest_delta(sigma: float, count: int, delta: float) -> None:
-    """Where nothing is sampled the exact answer is known: never below it, and within 0.1 % (the library is off by more)."""
-    loss = ComposedLoss(accounting.one_event_distribution(step_event(sigma, 1.0))._pmf_remove)
-    exact = books.gdp_epsilon(math.sqrt(count) / sigma, delta)
-    assert exact * (1 - 1e-9) <= loss.epsilon(count, delta) <= exact * 1.001
-
-
-def test_composed_loss_is_the_larger_of_both_directions() -> None:
-    """Neither adding nor removing a record costs more than what is said, and one of them costs that much."""
-    distribution = accounting.one_event_distribution(step_event(0.7, 0.3))
-    both = [ComposedLoss(pmf).epsilon(3, 1e-3) for pmf in (distribution._pmf_remove, distribution._pmf_add)]
-    assert both[0] != pytest.approx(both[1], rel=1e-2)
-    assert accounting.epsilon_of(step_event(0.7, 0.3), 3, 1e-3) == max(both)
-
-
-def test_composed_loss_is_infinite_where_the_library_says_so() -> None:
-    """An infinite loss more likely than delta leaves no finite epsilon; one event less likely than that does."""
-    pmf = pld_pmf.DensePLDPmf(0.5, -1, np.array([0.3, 0.3, 0.3]), 0.1, True)
-    assert ComposedLoss(pmf).epsilon(1, 0.09) == math.inf
-    assert ComposedLoss(pmf).epsilon(2, 0.11) == math.inf
-    assert ComposedLoss(pmf).epsilon(1, 0.11) == pytest.approx(pmf.get_epsilon_for_delta(0.11), rel=1e-9)
-
-
-def test_composed_loss_is_zero_where_delta_covers_it() -> None:
-    """Where the hockey-stick divergence at epsilon 0 is at most delta, epsilon is 0."""
-    pmf = pld_pmf.DensePLDPmf(0.5, -1, np.array([0.4, 0.3, 0.3]), 0.0, True)
-    covered = 0.3 * -math.expm1(-0.5)
-    assert ComposedLoss(pmf).epsilon(1, covered * 1.001) == 0.0
-    assert ComposedLoss(pmf).epsilon(1, covered * 0.999) > 0.0
 
 
 def test_epsilon_of_little_noise_takes_little_memory() -> None:
