@@ -149,7 +149,7 @@ class ComposedLoss:
             share = losses / interval
             share = share - np.floor(share)
             added = count * float(tilted @ (share * (1 - share))) * interval**2
-            return interval * hazard <= 0.5 and max(added, interval**2 / 4) <= allowed
+            return bool(interval * hazard <= 0.5 and max(added, interval**2 / 4) <= allowed)
 
         deviation = math.sqrt(count * max(float(tilted @ losses**2) - float(tilted @ losses) ** 2, 0.0))
         most = max(float(np.diff(self._loss.ends[list(ends)])[0]), 8 * deviation)
