@@ -21,7 +21,9 @@ Float64Array = npt.NDArray[np.float64]
 
 _PRECISION = 1e-4  # of epsilon: what a grid is chosen for
 _ACCEPTED = 3e-4  # where a grid that was chosen for another epsilon is finer than that, it is kept
-_MOST_POINTS = 2**21  # of a loss; reached only where delta is all but the whole total variation, and epsilon next to nothing
+_MOST_POINTS = (
+    2**21
+)  # of a loss; reached only where delta is all but the whole total variation, and epsilon next to nothing
 _OUTSIDE = 1e-14  # mass of the tilted distribution outside of the range
 _LARGEST_EXPONENT = 600.0  # what lies beyond is nothing, or certainly too much; denormal numbers would be slow
 _SMALLEST_MODE = 1e-30  # of a spectrum; the transform's rounding is 1e-16
