@@ -7,7 +7,6 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dp_accounting.pld import privacy_loss_distribution
 from workload import default_records
 
 from fedray.privacy import accounting
@@ -43,6 +42,8 @@ def measure() -> list[Evaluation]:
         NotEqual: the two give different epsilons.
     """
     what = job()
+    from dp_accounting.pld import privacy_loss_distribution  # a second to import, and not everywhere
+
     event = Event(
         noise_multiplier=what.noise_multiplier, rate=what.batch_size / default_records(what.gateways), per="step"
     )
