@@ -137,7 +137,7 @@ def test_privacy_card_holds_these_keys(run: fedray.Run) -> None:
             "rounds",
             "steps",
         ),
-        *("delta", "guarantees", "rng", "treated_as_public", "not_covered", "versions", "digests"),
+        *("delta", "guarantees", "isolation", "rng", "treated_as_public", "not_covered", "versions", "digests"),
     }
     assert (card["sample_rate"], card["batch_size"], card["local_steps"]) == (0.25, 16, 2)
     assert (card["rounds"], card["steps"], card["delta"]) == (2, 4, 1e-5)
