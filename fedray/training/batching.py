@@ -2,21 +2,21 @@
 
 A value that depends on the record gets a dimension in front, of as many records as there are (n); one that depends on a
 gateway's parameters alone gets a dimension of gateways (m); what depends on constants stays as it is. Records lie gateway
-after gateway, b each, so n = m·b. Each rule says how its operation runs with that dimension; an operation without a rule is
-mapped over it by torch.vmap. That rules keep records apart is tested for each of them against torch.vmap.
+after gateway, b each, so n = m·b. Each rule says how its operation runs with that dimension; an operation without a rule runs
+once for each record. That rules keep records apart is tested for each of them against single records.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from fedray.training.batching_rules import RULES, Call, written
 from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, each_input_gradient
-from fedray.training.program import Instruction, Program, Value, operator, replaced, values_in
+from fedray.training.program import Instruction, Program, operator, replaced, values_in
 
 Run = Callable[..., tuple[Any, ...]]
 Params = Literal["shared", "gateways", "records"]
@@ -36,7 +36,7 @@ class Batched:
     def __init__(self, program: Program, params: Params = "shared") -> None:
         self.program = program
         self.wanted = program.wanted()
-        self.mapped: list[str] = []  # operations without a rule
+        self.without_rule: list[str] = []
         self.of_records = {*range(program.first_draw, program.num_values)}
         self.of_gateways: set[int] = set()
         own = range(len(program.params))
@@ -44,7 +44,7 @@ class Batched:
         self.of_gateways.update(own if params == "gateways" else ())
         self._names: dict[str, Any] = {
             "torch": torch,
-            "mapped": _mapped,
+            "each": _each,
             "each_convolution": each_convolution,
             "each_input_gradient": each_input_gradient,
         }
@@ -113,7 +113,7 @@ class Batched:
             arguments += [f"{name}={written(value)}" for name, value in instruction.kwargs.items()]
             return f"{self._bound(instruction.op)}({', '.join(arguments)})"
         found = self._by_rule(instruction, bool(records), bool(gateways))
-        return self._by_vmap(instruction) if found is None else found
+        return self._one_by_one(instruction) if found is None else found
 
     def _by_rule(self, instruction: Instruction, records: bool, gateways: bool) -> str | None:
         specs, pointwise = self.program.specs, torch.Tag.pointwise in operator(instruction.op).tags
@@ -126,8 +126,8 @@ class Batched:
         found = RULES[instruction.op](call) if instruction.op in RULES else None
         return call.pointwise() if found is None and pointwise else found
 
-    def _by_vmap(self, instruction: Instruction) -> str:
-        self.mapped.append(instruction.op)
+    def _one_by_one(self, instruction: Instruction) -> str:
+        self.without_rule.append(instruction.op)
 
         def mark(index: int) -> _Place:
             return _Place("n" if index in self.of_records else "m" if index in self.of_gateways else "")
@@ -135,7 +135,7 @@ class Batched:
         name = f"places{instruction.out}"
         self._names[name] = replaced((list(instruction.args), dict(instruction.kwargs)), mark)
         args = f"{written(list(instruction.args))}, {written(dict(instruction.kwargs))}"
-        return f"mapped({self._bound(instruction.op)}, {name}, {args}, m, b)"
+        return f"each({self._bound(instruction.op)}, {name}, {args}, n, b)"
 
     def _bound(self, op: str) -> str:
         name = op.replace(".", "_")
@@ -145,41 +145,44 @@ class Batched:
 
 
 class _Place:
-    """Marks where a mapped operation's arguments have a dimension in front: "n", "m" or none."""
+    """Marks where the arguments of an operation without a rule have a dimension in front: "n", "m" or none."""
 
     def __init__(self, dimension: str) -> None:
         self.dimension = dimension
 
 
-def _mapped(op: Callable[..., Any], places: Any, args: Sequence[Any], kwargs: Mapping[str, Any], m: int, b: int) -> Any:
-    """Run an operation on each record, or on each gateway's values, by torch.vmap."""
-    tensors: list[Any] = []
-    dimensions: list[str] = []
+def _each(op: Callable[..., Any], places: Any, args: Sequence[Any], kwargs: Mapping[str, Any], n: int, b: int) -> Any:
+    """Run an operation once for each record, or each gateway, and put the results side by side.
 
-    def collect(place: Any, value: Any) -> Any:
+    Slow, but nothing can couple there; torch.vmap would be faster and is wrong for some operations (index_fill by a value
+    of each record fills all records with one of them).
+    """
+    dimensions = {place.dimension for place in _places(places)}
+    number, per = (n, b) if "n" in dimensions else (n // b, 1)
+
+    def own(place: Any, value: Any, record: int) -> Any:
         if isinstance(place, _Place):
-            tensors.append(value)
-            dimensions.append(place.dimension)
-            return Value(len(tensors) - 1)
+            return value[record] if place.dimension == "n" else value[record // per] if place.dimension else value
         if isinstance(place, tuple | list):
-            return [collect(one, item) for one, item in zip(place, value, strict=True)]
+            return [own(one, item, record) for one, item in zip(place, value, strict=True)]
         if isinstance(place, dict):
-            return {key: collect(one, value[key]) for key, one in place.items()}
+            return {key: own(one, value[key], record) for key, one in place.items()}
         return value
 
-    args, kwargs = collect(list(places), [list(args), dict(kwargs)])
+    found = []
+    for record in range(number):
+        own_args, own_kwargs = own(list(places), [list(args), dict(kwargs)], record)
+        found.append(op(*own_args, **own_kwargs))
+    if isinstance(found[0], torch.Tensor):
+        return torch.stack(found)
+    return tuple(None if parts[0] is None else torch.stack(list(parts)) for parts in zip(*found, strict=True))
 
-    def one(*own: Any) -> Any:
-        return op(*replaced(args, lambda index: own[index]), **replaced(kwargs, lambda index: own[index]))
 
-    if not {"n", "m"} <= set(dimensions):
-        return torch.vmap(one, in_dims=tuple(0 if dimension else None for dimension in dimensions))(*tensors)
-    split = [
-        tensor.reshape(m, b, *tensor.shape[1:]) if dimension == "n" else tensor
-        for tensor, dimension in zip(tensors, dimensions, strict=True)
-    ]
-    inner = torch.vmap(one, in_dims=tuple(0 if dimension == "n" else None for dimension in dimensions))
-    found = torch.vmap(inner, in_dims=tuple(0 if dimension else None for dimension in dimensions))(*split)
-    if isinstance(found, torch.Tensor):
-        return found.flatten(0, 1)
-    return tuple(part.flatten(0, 1) for part in found)
+def _places(places: Any) -> Iterator[_Place]:
+    if isinstance(places, _Place):
+        yield places
+    elif isinstance(places, tuple | list):
+        for one in places:
+            yield from _places(one)
+    elif isinstance(places, dict):
+        yield from _places(list(places.values()))
