@@ -384,8 +384,8 @@ def replace_claimed_at_zero_out_price(patch: Patch, engine: str) -> None:
 
 def sampled_replace_priced_as_removal(patch: Patch, engine: str) -> None:
     """Replacing a sampled update is booked as adding or removing it."""
-    loss = accounting._one_event_losses
-    patch.setattr(accounting, "_one_event_losses", lambda event: loss(replace(event, replaces=False)))
+    loss = accounting._losses
+    patch.setattr(accounting, "_losses", lambda event: loss(replace(event, replaces=False)))
 
 
 def arrival_keeps_the_attempt(patch: Patch, engine: str) -> None:
