@@ -272,7 +272,16 @@ def _layer_norm_backward(call: Call) -> str | None:
     grad, x, shape, mean, rstd, weight, bias, mask = call.args
     if weight is not None or bias is not None:
         return None
-    return call.direct(call.many(grad), call.many(x), shape, call.many(mean), call.many(rstd), None, None, mask)
+    return call.direct(
+        call.many(grad),
+        f"{call.many(x)}.contiguous()",
+        shape,
+        f"{call.many(mean)}.contiguous()",
+        f"{call.many(rstd)}.contiguous()",
+        None,
+        None,
+        mask,
+    )
 
 
 def _group_norm(call: Call) -> str | None:
@@ -293,9 +302,9 @@ def _group_norm_backward(call: Call) -> str | None:
     # Its kernel takes contiguous memory for granted.
     flat = call.direct(
         f"{call.flat(grad)}.contiguous()",
-        call.flat(x),
-        call.flat(mean),
-        call.flat(rstd),
+        f"{call.flat(x)}.contiguous()",
+        f"{call.flat(mean)}.contiguous()",
+        f"{call.flat(rstd)}.contiguous()",
         None,
         f"{call.n} * {number}",
         channels,

@@ -394,6 +394,8 @@ class _Compiler:
             arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._constants[self._of(source)])
             self._constants[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]  # an operator
             return
+        if "as_strided" in _name(node):
+            raise Untraceable("it uses as_strided, which sees the memory of other records; use slices or unfold")
         self._nodes.append(node)
 
     def program(self) -> Program:
