@@ -26,8 +26,9 @@ from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.streams import first_round_key, forked_global_rng, mac, new_root_key, setup_key, torch_seed
 from fedray.training.engines import Engine, Isolation, isolation_of, traced
+from fedray.training.held_state import held_arrays
 from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
@@ -154,6 +155,9 @@ class Plan:
         loss = self.training.loss  # by its names, which are the same in every version of Python
         name, code = getattr(loss, "__name__", type(loss).__name__), getattr(loss, "__code__", None)
         found["loss"] = " ".join((name, *(() if code is None else code.co_names)))
+        # As of shards: weights of classes may come from private counts.
+        held = held_arrays(self.model, loss)
+        found |= {part: mac(self.setup_key, b"held " + digest) for part, digest in held.items()}
         if self.federation.test is not None:
             x, y = self.federation.test
             parts = [torch.from_numpy(part) for part in (*inputs.leaves(x), y)]

@@ -1,4 +1,5 @@
-"""What a user's model and loss hold besides parameters, by name: to find out what their code changes while it runs.
+"""What a user's model and loss hold besides parameters, by name: to find out what their code changes while it runs, and what
+is not the same when a run goes on.
 
 A model that remembers (a counter, a running mean, a closure's list) would let one record speak in another's pass. Programs
 do not remember, so nothing could leak; but they would not do what the code says either, hence such code is refused by name.
@@ -10,7 +11,7 @@ import functools
 import hashlib
 import random
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,19 +36,47 @@ def held_state(model: nn.Module, loss: Loss) -> dict[str, Any]:
         model: Of the user.
         loss: Of the user, or the default one.
     """
-    found: dict[str, Any] = {f"buffer {name}": _described(buffer) for name, buffer in model.named_buffers()}
+    found: dict[str, Any] = {}
+    for name, value in _held(model, loss):
+        found.setdefault(name, []).append(_described(value))
+    found["numpy's global random numbers"] = _described(np.random.get_state())
+    found["Python's global random numbers"] = hash(random.getstate())
+    return found
+
+
+def held_arrays(model: nn.Module, loss: Loss) -> dict[str, bytes]:
+    """Return type, shape and values of the tensors and arrays in what the code holds, by what errors call it.
+
+    They are the same in every process and version of Python, so that a run that goes on can tell other ones by name. What
+    keeps noise from meeting other values is the program's digest, which sees all that is computed with.
+
+    Args:
+        model: Of the user; its parameters are left out.
+        loss: Of the user, or the default one.
+
+    Returns:
+        By name, the SHA-256 of what is held there; names that hold no array are left out.
+    """
+    found: dict[str, Any] = {}
+    for name, value in _held(model, loss):
+        for text in _arrays_in(value):
+            found.setdefault(name, hashlib.sha256()).update(text.encode())
+    return {name: digest.digest() for name, digest in found.items()}
+
+
+def _held(model: nn.Module, loss: Loss) -> Iterator[tuple[str, Any]]:
+    """Yield what the code holds, by name and in an order that is the same in every process."""
+    for name, buffer in model.named_buffers():
+        yield f"buffer {name}", buffer
     seen: set[int] = set()
     for name, module in model.named_modules():
         if is_library(type(module).__module__):
             continue
         for word, value in vars(module).items():
             if word not in _OF_TORCH:
-                found[f"attribute {f'{name}.' if name else ''}{word} of the model"] = _described(value)
-        found |= _of_functions(_methods(type(module)), seen)
-    found |= _of_loss(loss, seen)
-    found["numpy's global random numbers"] = _described(np.random.get_state())
-    found["Python's global random numbers"] = hash(random.getstate())
-    return found
+                yield f"attribute {f'{name}.' if name else ''}{word} of the model", value
+        yield from _of_functions(_methods(type(module)), seen)
+    yield from _of_loss(loss, seen)
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -64,27 +93,31 @@ def _methods(kind: type) -> list[types.FunctionType]:
     return [member for member in members if isinstance(member, types.FunctionType)]
 
 
-def _of_loss(loss: Any, seen: set[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _of_loss(loss: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     while isinstance(loss, functools.partial):
-        found["arguments of the loss"] = _described([*loss.args, *loss.keywords.values()])
+        yield "arguments of the loss", [*loss.args, *loss.keywords.values()]
         loss = loss.func
     if isinstance(loss, types.MethodType):
-        found |= _attributes(loss.__self__)
+        yield from _attributes(loss.__self__)
         loss = loss.__func__
     if isinstance(loss, types.FunctionType):
-        return found | _of_functions([loss], seen)
-    return found | _attributes(loss) | _of_functions(_methods(type(loss)), seen)
+        yield from _of_functions([loss], seen)
+        return
+    yield from _attributes(loss)
+    yield from _of_functions(_methods(type(loss)), seen)
 
 
-def _attributes(holder: Any) -> dict[str, Any]:
-    values = vars(holder) if hasattr(holder, "__dict__") else {}
-    return {f"attribute {word} of the loss": _described(value) for word, value in values.items()}
+def _attributes(holder: Any) -> Iterator[tuple[str, Any]]:
+    values = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
+    if isinstance(holder, nn.Module):
+        values = {word: value for word, value in values.items() if word not in _OF_TORCH}
+        values |= dict(holder.named_parameters()) | dict(holder.named_buffers())
+    for word, value in values.items():
+        yield f"attribute {word} of the loss", value
 
 
-def _of_functions(functions: list[types.FunctionType], seen: set[int]) -> dict[str, Any]:
-    """Describe what functions of the user's own hold and name, and those that they call."""
-    found: dict[str, Any] = {}
+def _of_functions(functions: list[types.FunctionType], seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield what functions of the user's own hold and name, and those that they call."""
     waiting = list(functions)
     for function in waiting:  # grows
         if id(function) in seen or is_library(function.__module__ or ""):
@@ -97,14 +130,13 @@ def _of_functions(functions: list[types.FunctionType], seen: set[int]) -> dict[s
         }
         held |= {f"attribute {word} of {name}": value for word, value in vars(function).items()}
         held |= {f"default arguments of {name}": [function.__defaults__, function.__kwdefaults__]}
-        words = {word for code in _codes(function.__code__) for word in code.co_names}
+        words = dict.fromkeys(word for code in _codes(function.__code__) for word in code.co_names)
         held |= {f"global {word}": function.__globals__[word] for word in words if word in function.__globals__}
         for label, value in held.items():
             if isinstance(value, types.FunctionType):
                 waiting.append(value)
-            elif not isinstance(value, types.ModuleType | type | nn.Module):
-                found[label] = _described(value)
-    return found
+            elif not isinstance(value, types.ModuleType | type):
+                yield label, value
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -148,6 +180,32 @@ def _described(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911 - one return
     return (kind.__qualname__, [(word, _described(item, depth + 1)) for word, item in own.items()])
 
 
+def _arrays_in(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield a text for each tensor and array in a value; other processes give the same ones."""
+    if isinstance(value, torch.Tensor):
+        if type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta:
+            yield f"{value.dtype} {tuple(value.shape)} {_digest(value.detach().cpu())}"
+    elif isinstance(value, np.ndarray):
+        if not value.dtype.hasobject:
+            data = np.ascontiguousarray(value).tobytes()
+            yield f"{value.dtype.str} {value.shape} {hashlib.sha256(data).hexdigest()}"
+    elif depth < _DEEPEST:
+        for part in _parts(value):
+            yield from _arrays_in(part, depth + 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, nn.Module):
+        return [*value.parameters(), *value.buffers()]
+    if isinstance(value, types.ModuleType | types.FunctionType | type) or is_library(type(value).__module__):
+        return ()
+    return vars(value).values() if hasattr(value, "__dict__") else ()
+
+
 def _digest(tensor: torch.Tensor) -> str:
-    values = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+    values = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
