@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fedray.training.batching_rules import RULES, Call, written
-from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, each_input_gradient
+from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, each_embedding, each_input_gradient
 from fedray.training.program import Instruction, Program, operator, replaced, values_in
 
 Run = Callable[..., tuple[Any, ...]]
@@ -45,6 +45,7 @@ class Batched:
         self._names: dict[str, Any] = {
             "torch": torch,
             "each": _each,
+            "each_embedding": each_embedding,
             "each_convolution": each_convolution,
             "each_input_gradient": each_input_gradient,
         }
@@ -162,7 +163,11 @@ def _each(op: Callable[..., Any], places: Any, args: Sequence[Any], kwargs: Mapp
 
     def own(place: Any, value: Any, record: int) -> Any:
         if isinstance(place, _Place):
-            return value[record] if place.dimension == "n" else value[record // per] if place.dimension else value
+            if not place.dimension:
+                return value
+            # Memory of its own: a kernel that reads beyond it finds no other record.
+            one = value[record] if place.dimension == "n" else value[record // per]
+            return one.clone(memory_format=torch.contiguous_format)
         if isinstance(place, tuple | list):
             return [own(one, item, record) for one, item in zip(place, value, strict=True)]
         if isinstance(place, dict):
@@ -175,6 +180,8 @@ def _each(op: Callable[..., Any], places: Any, args: Sequence[Any], kwargs: Mapp
         found.append(op(*own_args, **own_kwargs))
     if isinstance(found[0], torch.Tensor):
         return torch.stack(found)
+    if found[0] is None:  # it only checks something
+        return None
     return tuple(None if parts[0] is None else torch.stack(list(parts)) for parts in zip(*found, strict=True))
 
 

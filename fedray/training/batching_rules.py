@@ -79,6 +79,12 @@ class Call:
         assert self.spec is not None
         return self.spec.shape
 
+    @property
+    def spec_dtype(self) -> torch.dtype:
+        """The result's."""
+        assert self.spec is not None
+        return self.spec.dtype
+
     def direct(self, *args: Any, op: str | None = None, **kwargs: Any) -> str:
         """Return the call with other arguments; strings are source."""
         parts = [one if isinstance(one, str) else written(one) for one in args]
@@ -91,6 +97,10 @@ class Call:
             return written(argument)
         shape = "".join(f", {size}" for size in self.of(argument).shape)
         return f"{written(argument)}.expand({self.n}{shape})"
+
+    def packed(self, argument: Any) -> str:
+        """Return `many` in memory of its own shape, for kernels that take that for granted."""
+        return f"{self.many(argument)}.contiguous()"
 
     def aligned(self, argument: Any, rank: int) -> str:
         """Return an argument so that it broadcasts against results of that many dimensions, records in front."""
@@ -117,13 +127,12 @@ class Call:
         return found
 
     def flat(self, argument: Any) -> str:
-        """Return an argument whose first dimension is a batch already, with the records' dimension merged into it."""
-        spec = self.of(argument)
-        if not self.is_batched(argument):
-            return f"{self.many(argument)}.flatten(0, 1)"
-        if spec.shape[0] == 1:
-            return f"{written(argument)}.squeeze(1)"
-        return f"{written(argument)}.flatten(0, 1)"
+        """Return an argument whose first dimension is a batch already, with the records' dimension merged into it.
+
+        It lies in memory of its own shape: many kernels for batches take that for granted.
+        """
+        merged = "squeeze(1)" if self.of(argument).shape[0] == 1 else "flatten(0, 1)"
+        return f"{self.many(argument)}.{merged}.contiguous()"
 
 
 def _later(dim: int) -> int:
@@ -170,7 +179,9 @@ def _reduction(call: Call) -> str | None:
         return None
     sums = ("aten.sum.dim_IntList", "aten.mean.dim", "aten.amax.default", "aten.amin.default")
     if call.op in sums and not call.kwargs and all(call.of(call.args[0]).shape[dim] == 1 for dim in dims):
-        return _reshape(call)
+        # Sums of truth values are whole numbers.
+        typed = "" if call.of(call.args[0]).dtype == call.spec_dtype else f".to({call.spec_dtype})"
+        return f"{_reshape(call)}{typed}"
     return call.direct(call.args[0], [_later(dim) for dim in dims], *call.args[2:], **call.kwargs)
 
 
@@ -186,7 +197,7 @@ def _whole(name: str) -> Rule:
 
     def rule(call: Call) -> str | None:
         if call.rank() == 0:
-            return written(call.args[0]) if not call.kwargs else None
+            return f"{written(call.args[0])}.to({call.spec_dtype})" if not call.kwargs else None
         return call.direct(call.args[0], list(range(-call.rank(), 0)), False, op=name, **call.kwargs)
 
     return rule
@@ -231,6 +242,11 @@ def _mm(call: Call) -> str | None:
     return f"torch.matmul({written(a)}, {written(b)})"
 
 
+def same_for_rows(shape: tuple[int, ...]) -> bool:
+    """Tell whether what is added to a matrix is the same in each of its rows."""
+    return len(shape) < 2 or shape[0] == 1
+
+
 def _addmm(call: Call) -> str | None:
     bias, a, b = call.args
     if call.kwargs or call.is_batched(b):
@@ -240,12 +256,11 @@ def _addmm(call: Call) -> str | None:
     rows, inner = call.of(a).shape
     out = call.of(b).shape[1]
     added = written(bias)
-    if call.is_batched(bias):
-        if call.of(bias).shape != call.shape:
-            return None
+    if call.is_batched(bias) and call.of(bias).shape == call.shape:
         added = f"{written(bias)}.reshape(-1, {out})"
-    elif len([size for size in call.of(bias).shape if size != 1]) > 1:
-        return None
+    elif call.is_batched(bias) or not same_for_rows(call.of(bias).shape):
+        product = f"torch.mm({written(a)}.reshape(-1, {inner}), {written(b)}).view({call.n}, {rows}, {out})"
+        return f"torch.add({call.aligned(bias, 2)}, {product})"
     return f"torch.addmm({added}, {written(a)}.reshape(-1, {inner}), {written(b)}).view({call.n}, {rows}, {out})"
 
 
@@ -265,7 +280,7 @@ def _leading(call: Call) -> str | None:
     if not call.is_batched(first):
         return None
     # Other tensors are of records, too, or constants that broadcast from the right.
-    return call.direct(first, *others, **call.kwargs)
+    return call.direct(call.packed(first), *others, **call.kwargs)
 
 
 def _layer_norm_backward(call: Call) -> str | None:
@@ -273,11 +288,11 @@ def _layer_norm_backward(call: Call) -> str | None:
     if weight is not None or bias is not None:
         return None
     return call.direct(
-        call.many(grad),
-        f"{call.many(x)}.contiguous()",
+        call.packed(grad),
+        call.packed(x),
         shape,
-        f"{call.many(mean)}.contiguous()",
-        f"{call.many(rstd)}.contiguous()",
+        call.packed(mean),
+        call.packed(rstd),
         None,
         None,
         mask,
@@ -299,12 +314,11 @@ def _group_norm_backward(call: Call) -> str | None:
     if weight is not None:
         return None
     shape = "".join(f", {one}" for one in call.of(x).shape)
-    # Its kernel takes contiguous memory for granted.
     flat = call.direct(
-        f"{call.flat(grad)}.contiguous()",
-        f"{call.flat(x)}.contiguous()",
-        f"{call.flat(mean)}.contiguous()",
-        f"{call.flat(rstd)}.contiguous()",
+        call.flat(grad),
+        call.flat(x),
+        call.flat(mean),
+        call.flat(rstd),
         None,
         f"{call.n} * {number}",
         channels,
@@ -327,7 +341,7 @@ def _pool(spatial: int, tensors: int = 1) -> Rule:
         own = call.args[:tensors]
         if not _images(call, spatial) or any(call.rank(i) != spatial + 2 for i in range(tensors)):
             return None
-        more = [call.flat(argument) if call.is_batched(argument) else argument for argument in call.args[tensors:]]
+        more = [call.flat(argument) if isinstance(argument, Value) else argument for argument in call.args[tensors:]]
         flat = call.direct(*(call.flat(argument) for argument in own), *more, **call.kwargs)
         number = call.of(own[0]).shape[0]
         if call.spec is not None:
@@ -410,9 +424,7 @@ def _nll_backward(call: Call) -> str | None:
         return None
     rows, classes = call.of(scores).shape
     total = f"{written(scores)}.new_zeros(())"
-    flat = call.direct(
-        f"{call.flat(grad)}.contiguous()", call.flat(scores), call.flat(target), weight, reduction, ignored, total
-    )
+    flat = call.direct(call.flat(grad), call.flat(scores), call.flat(target), weight, reduction, ignored, total)
     return f"{flat}.view({call.n}, {rows}, {classes})"
 
 
@@ -429,7 +441,7 @@ def _index(call: Call) -> str | None:
 
 def _gather(call: Call) -> str | None:
     x, dim, index, *rest = call.args
-    if call.rank() == 0:
+    if call.rank() == 0 or call.of(index).shape == ():
         return None
     parts = [call.many(one) if isinstance(one, Value) and call.of(one).shape else one for one in rest]
     if any(isinstance(one, Value) and call.is_batched(one) and not call.of(one).shape for one in rest):

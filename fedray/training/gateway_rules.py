@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedray.training.batching_rules import Call, convolution_gradients, written
+from fedray.training.batching_rules import Call, convolution_gradients, same_for_rows, written
 from fedray.training.program import Instruction, Spec, Value
 
 
@@ -36,6 +36,13 @@ class MixedCall(Call):
     def is_of_gateways(self, argument: Any) -> bool:
         """Tell whether an argument has gateways in front."""
         return isinstance(argument, Value) and argument.index in self._of_gateways
+
+    def many(self, argument: Any) -> str:
+        """See `Call.many`; an argument of gateways is repeated for each one's records."""
+        if not self.is_of_gateways(argument):
+            return super().many(argument)
+        shape = "".join(f", {size}" for size in self.of(argument).shape)
+        return f"{written(argument)}.unsqueeze(1).expand(m, b{shape}).flatten(0, 1)"
 
     def aligned(self, argument: Any, rank: int) -> str:
         """Return an argument so that it broadcasts against `[m, b, …]` of that many further dimensions."""
@@ -72,12 +79,11 @@ def _addmm(call: MixedCall) -> str | None:
         return f"torch.add({call.aligned(bias, 2)}, {product}).flatten(0, 1)"
     rows, inner = call.of(a).shape
     shape = call.of(bias).shape
-    if call.is_batched(bias):
-        if shape != call.shape:
-            return None
+    if call.is_batched(bias) and shape == call.shape:
         added = f"{written(bias)}.reshape(m, -1, {shape[-1]})"
-    elif len([size for size in shape if size != 1]) > 1:
-        return None
+    elif call.is_batched(bias) or not same_for_rows(shape):
+        product = f"torch.bmm({written(a)}.reshape(m, -1, {inner}), {written(b)}).view(m, b, {rows}, {call.shape[1]})"
+        return f"torch.add({call.aligned(bias, 2)}, {product}).flatten(0, 1)"
     else:
         added = f"{written(bias)}.reshape({'m' if call.is_of_gateways(bias) else '1'}, 1, {shape[-1]})"
     product = f"torch.baddbmm({added}, {written(a)}.reshape(m, -1, {inner}), {written(b)})"
@@ -106,11 +112,24 @@ def _embedding(call: MixedCall) -> str | None:
     weight, tokens, *_ = call.args
     if not call.is_of_gateways(weight) or not call.is_batched(tokens):
         return None
-    rows, width = call.of(weight).shape
-    shape = "".join(f", {size}" for size in call.of(tokens).shape)
-    ones = "".join(", 1" for _ in call.of(tokens).shape)
-    own = f"({written(tokens)}.view(m, b{shape}) + {rows} * torch.arange(m, device={written(tokens)}.device).view(m, 1{ones}))"
-    return f"torch.embedding({written(weight)}.reshape(-1, {width}), {own}.flatten(0, 1))"
+    return f"each_embedding({written(weight)}, {written(tokens)}, m)"
+
+
+def each_embedding(weight: torch.Tensor, tokens: torch.Tensor, m: int) -> torch.Tensor:
+    """Return the rows of records' tokens `[n, …]` in their own gateway's table `[m, V, D]`: `[n, …, D]`.
+
+    Raises:
+        IndexError: A token is in no table; it would be a row of another gateway's.
+    """
+    _, rows, width = weight.shape
+    lowest, highest = tokens.aminmax()
+    if tokens.is_cuda:  # without waiting for it
+        torch._assert_async((lowest >= 0) & (highest < rows))
+    elif int(lowest) < 0 or int(highest) >= rows:
+        raise IndexError(f"token {int(lowest if lowest < 0 else highest)} is in no table of {rows} rows")
+    first = torch.arange(0, m * rows, rows, device=tokens.device).unsqueeze(1)
+    own = (tokens.reshape(m, -1) + first).view(tokens.shape)
+    return torch.embedding(weight.reshape(-1, width), own)
 
 
 def each_convolution(

@@ -299,7 +299,9 @@ class StackedLinear(_Affine):
             targets["bias"].add_(weighted.sum(1))
 
 
-def quick_norms(layers: Sequence[StackedLayer], shape: torch.Size, clip_norm: float) -> torch.Tensor | None:
+def quick_norms(
+    layers: Sequence[StackedLayer], shape: torch.Size, clip_norm: float
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Return the norm of each record's gradient in all layers together, `[G, B]`, of plain Linear layers in ordinary ranges.
 
     With e and a of a layer it is the root of the sum of |e|²(|a|² + 1), in float32 and in few calls.
@@ -310,20 +312,21 @@ def quick_norms(layers: Sequence[StackedLayer], shape: torch.Size, clip_norm: fl
         clip_norm: C.
 
     Returns:
-        None where other layers or shapes take part, or float32 might lose what counts. What it loses are values below
-        1.1e-19, whose squares it cannot hold: beside inputs of at most 1e8·C, and the bias' input of 1 where C is at least
-        1e-8, 10^8 of them are no more than 2e-7 of C.
-        Every norm is usable: of up to 1000 layers at most 4e17.
+        None where other layers or shapes take part. Else the norms, and for which gateways `[G]` they hold, None for all:
+        where others have them, one gateway's records must not decide how another's are added up. They hold as long as
+        float32 loses nothing that counts. What it loses are values below 1.1e-19, whose squares it cannot hold: beside
+        inputs of at most 1e8·C, and the bias' input of 1 where C is at least 1e-8, 10^8 of them are no more than 2e-7 of C.
+        Every norm that holds is usable: of up to 1000 layers at most 4e17.
     """
     if clip_norm < 1 / _LARGEST_FACTOR or not all(layer.factored and layer.a.shape[:2] == shape for layer in layers):
         return None
     factors = torch.stack([row_norms(layer.e) for layer in layers] + [row_norms(layer.a) for layer in layers])
-    if not float(factors.max()) <= _LARGEST_FACTOR * min(1.0, clip_norm):  # or NaN
-        return None
+    largest = _LARGEST_FACTOR * min(1.0, clip_norm)
+    hold = None if float(factors.max()) <= largest else factors.amax((0, 2)) <= largest  # false for NaN
     e, a = factors.square_().chunk(2)
     # Not sum(0), whose rounding depends on a record's place in the batch.
     first, *others = torch.addcmul(e, e, a).unbind()
-    return functools.reduce(torch.Tensor.add_, others, first).sqrt_()
+    return functools.reduce(torch.Tensor.add_, others, first).sqrt_(), hold
 
 
 def quick_sums(layers: Sequence[StackedLayer], factors: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -99,16 +99,37 @@ class SequenceGradients:
         if not layers:
             return
         on_cpu = self._device.type == "cpu"  # on a GPU, looking at values would cost more than it spares
-        norms = quick_norms(layers, batch.mask.shape, clip_norm) if on_cpu else None
-        if norms is None:
-            squares = [layer.squared_norms() for layer in layers]
-            norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
-            if not on_cpu or not bool(usable(norms.max())):
-                for layer in layers:
-                    layer.select(usable(norms))
-        elif len(layers) == len(self._model.layers):  # their parameters are the whole vector, in its order
-            out += quick_sums(layers, clip_factors(norms, clip_norm, all_usable=True))
+        quick = quick_norms(layers, batch.mask.shape, clip_norm) if on_cpu else None
+        if quick is None:
+            self._add_carefully(out, layers, clip_norm)
             return
+        norms, hold = quick
+        if hold is None:
+            self._add_quickly(out, layers, norms, clip_norm)
+            return
+        quickly, carefully = torch.zeros_like(out), torch.zeros_like(out)
+        self._add_quickly(quickly, layers, norms, clip_norm)
+        self._add_carefully(carefully, layers, clip_norm)
+        out += torch.where(hold.unsqueeze(1), quickly, carefully)
+
+    def _add_quickly(
+        self, out: torch.Tensor, layers: Sequence[StackedLayer], norms: torch.Tensor, clip_norm: float
+    ) -> None:
+        """Add sums of gradients whose norms `quick_norms` gave; all of them are usable."""
+        factors = clip_factors(norms, clip_norm, all_usable=True)
+        if len(layers) == len(self._model.layers):  # their parameters are the whole vector, in its order
+            out += quick_sums(layers, factors)
+            return
+        for layer in layers:
+            layer.add_sums(out, factors)
+
+    def _add_carefully(self, out: torch.Tensor, layers: Sequence[StackedLayer], clip_norm: float) -> None:
+        """Add sums of gradients of any size."""
+        squares = [layer.squared_norms() for layer in layers]
+        norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
+        if self._device.type != "cpu" or not bool(usable(norms.max())):
+            for layer in layers:
+                layer.select(usable(norms))
         factors = clip_factors(norms, clip_norm)
         for layer in layers:
             layer.add_sums(out, factors)

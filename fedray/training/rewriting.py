@@ -16,7 +16,7 @@ from torch import fx
 
 from fedray.training import recurrence
 from fedray.training.parameter_uses import RECURRENT, Use, turned, weight_place
-from fedray.training.program import Draw
+from fedray.training.program import Draw, Untraceable
 
 _A = torch.ops.aten
 
@@ -75,7 +75,7 @@ class Rewriter(fx.Interpreter):
         if rule is not None:
             return rule(self, *arguments, **named)
         if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags:
-            raise ValueError(
+            raise Untraceable(
                 f"{n.target} draws random numbers in a way that cannot be keyed; use Dropout, torch.rand or torch.randn"
             )
         place = weight_place(n)
@@ -165,15 +165,15 @@ def _rand_like(law: str) -> Callable[..., torch.Tensor]:
 
 
 def _bernoulli(rewriter: Rewriter, x: torch.Tensor, *_p: Any) -> torch.Tensor:
-    return (rewriter.draw("uniform", x.shape) < x).to(x.dtype)
+    return (rewriter.draw("uniform", x.shape) >= 1 - x).to(x.dtype)
 
 
 def _bernoulli_p(rewriter: Rewriter, x: torch.Tensor, rate: float = 0.5, **_named: Any) -> torch.Tensor:
-    return (rewriter.draw("uniform", x.shape) < rate).to(x.dtype)
+    return (rewriter.draw("uniform", x.shape) >= 1 - rate).to(x.dtype)
 
 
 def _bernoulli_in_place(rewriter: Rewriter, x: torch.Tensor, rate: float = 0.5, **_named: Any) -> torch.Tensor:
-    return x.copy_((rewriter.draw("uniform", x.shape) < rate).to(x.dtype))
+    return x.copy_((rewriter.draw("uniform", x.shape) >= 1 - rate).to(x.dtype))
 
 
 def _uniform_in_place(
@@ -186,6 +186,16 @@ def _normal_in_place(
     rewriter: Rewriter, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **_named: Any
 ) -> torch.Tensor:
     return x.copy_(mean + std * rewriter.draw("normal", x.shape))
+
+
+def _fill_diagonal(_: Rewriter, x: torch.Tensor, value: float, wrap: bool = False) -> torch.Tensor:
+    if x.dim() != 2:
+        raise Untraceable("fill_diagonal_ is supported for matrices")
+    columns = x.shape[1]
+    chosen = torch.arange(x.numel(), device=x.device) % (columns + 1) == 0
+    if not wrap:
+        chosen = chosen & (torch.arange(x.numel(), device=x.device) < columns * columns)
+    return x.copy_(x.masked_fill(chosen.view(x.shape), value))
 
 
 def _attention(
@@ -229,7 +239,7 @@ def _embedding_bag(
     padding: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     if offsets.numel() != 1 or by_frequency or sparse or include_last or padding is not None:
-        raise ValueError(
+        raise Untraceable(
             "nn.EmbeddingBag is supported for one bag a record (x of shape [records, tokens]), without padding"
         )
     rows = torch.nn.functional.embedding(tokens, weight)
@@ -291,7 +301,7 @@ def _instance_norm(
 ) -> torch.Tensor:
     """InstanceNorm: GroupNorm of groups of one channel."""
     if not own_statistics or mean is not None or variance is not None:
-        raise ValueError("InstanceNorm with track_running_stats keeps statistics of records; leave it out")
+        raise Untraceable("InstanceNorm with track_running_stats keeps statistics of records; leave it out")
     return _group_norm(rewriter, x, x.shape[1], weight, bias, eps)
 
 
@@ -348,6 +358,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _A.bernoulli_.float: _bernoulli_in_place,
     _A.uniform_.default: _uniform_in_place,
     _A.normal_.default: _normal_in_place,
+    _A.fill_diagonal_.default: _fill_diagonal,
     _A.scaled_dot_product_attention.default: _attention,
     _A.embedding_bag.padding_idx: _embedding_bag,
     _A.embedding_bag.default: _embedding_bag,

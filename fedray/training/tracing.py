@@ -5,7 +5,8 @@ Two passes are noted. The first is what the code does before autograd sees it (l
 matrix products and embeddings, which need no gradient per record, can be told from others, random draws be keyed, and
 recurrent layers be taken apart. The second is that pass with autograd's backward pass behind it.
 
-Code whose backward pass is its own (torch.autograd.Function) goes straight to the second pass.
+Code whose backward pass is its own (torch.autograd.Function, hooks on gradients), and what else the first pass cannot note,
+goes straight to the second pass.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -45,9 +47,18 @@ _FILLS: dict[str, float | int] = {
     "aten.zeros_like.default": 0.0,
     "aten.new_ones.default": 1.0,
     "aten.new_zeros.default": 0.0,
+    # What memory happens to hold could be of other records.
+    "aten.empty_like.default": 0.0,
+    "aten.new_empty.default": 0.0,
+    "aten.new_empty_strided.default": 0.0,
+    "aten.empty.memory_format": 0.0,
+    "aten.empty_strided.default": 0.0,
+    "aten.empty_permuted.default": 0.0,
     "aten.full_like.default": 1,
     "aten.new_full.default": 2,
 }
+# Operations on memory, not on values.
+_OF_MEMORY = ("as_strided", "_reshape_alias", "resize", "_resize", "set", "slice_inverse", "_nested")
 _LARGEST_FOLDED = 2**22  # values of a constant that is computed beforehand
 
 
@@ -111,13 +122,22 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
             try:
                 with _own_backward_passes_refused():
                     forward = _forward(code)
+                _refuse_writes(forward, code)
+                _refuse_unseen(forward)
+                joint, wanted = _joint(code, forward, uses_of(forward, len(code.params)))
             except _OwnBackward:
                 joint, wanted = _joint_directly(code)
-            else:
-                _refuse_writes(forward, code)
-                joint, wanted = _joint(code, forward, uses_of(forward, len(code.params)))
-        except Untraceable:
-            raise
+            except Untraceable:
+                raise
+            except (
+                Exception
+            ) as error:  # hooks on gradients, gradients of gradients, vmap and others want autograd itself
+                try:
+                    joint, wanted = _joint_directly(code)
+                except Exception:
+                    raise error from None
+        except Untraceable as error:
+            raise Untraceable(str(error).split("\n")[0]) from error  # without where torch.fx was
         except Exception as error:  # the user's code may do anything that torch.fx refuses
             raise Untraceable(_reason(error)) from error
     program = _program(code, joint, wanted)
@@ -158,9 +178,10 @@ def _refuse_writes(graph: fx.GraphModule, code: _Code) -> None:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         for position, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
+            if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            root = _root(node.args[position])
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            root = _root(given)
             if root in names:
                 raise Untraceable(_stateful([names[root]]))
             if isinstance(root, fx.Node) and root.op == "get_attr":
@@ -223,6 +244,14 @@ def _forward(code: _Code) -> fx.GraphModule:
         *arguments
     )
     return graph
+
+
+def _refuse_unseen(graph: fx.GraphModule) -> None:
+    """Refuse values without a past, such as a gradient that was taken inside of the forward pass."""
+    if any(node.op == "get_attr" and is_fake(_attribute(graph, str(node.target))) for node in graph.graph.nodes):
+        raise RuntimeError(
+            "it holds values that the trace did not see being made (a gradient inside of its forward pass?)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,10 +407,16 @@ class _Compiler:
 
     def _take(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self._constants[node] = _attribute(self._joint, str(node.target)).detach()
+            value = _attribute(self._joint, str(node.target))
+            if is_fake(value):
+                raise Untraceable(
+                    "it holds values that the trace did not see being made, so they cannot be computed again"
+                )
+            self._constants[node] = value.detach()
             return
         if node.op != "call_function":
             return
+        self._refuse(node)
         if _name(node) in IDENTITIES or _is_same_view(node):
             self._same[node] = self._of(node.args[0])  # type: ignore[arg-type]  # its argument is a node
             return
@@ -394,9 +429,26 @@ class _Compiler:
             arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._constants[self._of(source)])
             self._constants[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]  # an operator
             return
-        if "as_strided" in _name(node):
-            raise Untraceable("it uses as_strided, which sees the memory of other records; use slices or unfold")
         self._nodes.append(node)
+
+    def _refuse(self, node: fx.Node) -> None:
+        """Refuse operations that could reach beyond the values of their arguments."""
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            return  # the name says what else is refused
+        packet = str(target).split(".")[1]
+        if target.namespace != "aten":
+            raise Untraceable(
+                f"it calls the custom operator {target}, whose code may couple records or remember them; write it with torch's "
+                "own operations"
+            )
+        if packet.startswith(_OF_MEMORY):
+            raise Untraceable(f"it uses {packet}, which sees the memory of other records; use slices or unfold")
+        if target._schema.is_mutable:
+            root = self._of(_root(node.args[0])) if node.args else None
+            if root in self._inputs:
+                raise Untraceable("its code changes its input or target in place; work on a copy (x.clone())")
+            raise Untraceable(_stateful(["a tensor that it holds"]))
 
     def program(self) -> Program:
         """Return the program."""
@@ -476,7 +528,9 @@ def _is_same_view(node: fx.Node) -> bool:
         return False
     name = _name(node)
     if name == "aten.permute.default":
-        return list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type]  # whole numbers
+        rank = len(_spec(source).shape)  # type: ignore[union-attr]  # it has one, see above
+        dims = [int(dim) % rank for dim in node.args[1]]  # type: ignore[arg-type, union-attr]  # whole numbers
+        return dims == sorted(dims)
     if name == "aten.sum.dim_IntList":
         return True  # over dimensions of size 1, which are kept
     return name in ("aten.view.default", "aten.expand.default", "aten.reshape.default", "aten._unsafe_view.default")

@@ -381,12 +381,23 @@ def _kept(scale_a: float, scale_e: float, seed: int) -> Kept:
     return Kept(a * scale_a, e * scale_e)
 
 
+def _that_hold(layers: list[Kept], clip_norm: float) -> list[bool]:
+    found = quick_norms(layers, torch.Size((3, 40)), clip_norm)
+    return [False] * 3 if found is None else [True] * 3 if found[1] is None else found[1].tolist()
+
+
+def _held(layers: list[Kept], clip_norm: float) -> torch.Tensor:
+    found = quick_norms(layers, torch.Size((3, 40)), clip_norm)
+    assert found is not None
+    assert found[1] is None
+    return found[0]
+
+
 @pytest.mark.parametrize("scale_a", [0.0, 1e-12, 1.0, 1e6])
 @pytest.mark.parametrize("scale_e", [0.0, 1e-30, 1e-12, 1.0, 1e6])
 def test_quick_norms_are_those_of_float64(scale_a: float, scale_e: float) -> None:
     layers = [_kept(scale_a, scale_e, 1), _kept(1.0, 1e-3, 2)]
-    found = quick_norms(layers, torch.Size((3, 40)), 1.0)
-    assert found is not None
+    found = _held(layers, 1.0)
     expected = torch.stack([layer.squared_norms() for layer in layers]).sum(0).sqrt()
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6, atol=1e-7)
 
@@ -394,10 +405,9 @@ def test_quick_norms_are_those_of_float64(scale_a: float, scale_e: float) -> Non
 def test_quick_norms_are_usable_up_to_the_largest_inputs() -> None:
     """At 1e8·C, past which they are refused, as many layers as 1000 stay below the norm that counts as infinite."""
     value = torch.full((3, 40, 1), 9.99e7)
-    found = quick_norms([Kept(value, value)] * 1000, torch.Size((3, 40)), 1.0)
-    assert found is not None
+    found = _held([Kept(value, value)] * 1000, 1.0)
     assert bool(usable(found).all())
-    assert quick_norms([Kept(value * 1.01, value)], torch.Size((3, 40)), 1.0) is None
+    assert _that_hold([Kept(value * 1.01, value)], 1.0) == [False] * 3
 
 
 @pytest.mark.parametrize(
@@ -415,13 +425,38 @@ def test_quick_norms_are_refused_where_float32_would_lose_what_counts(
     scale_a: float, scale_e: float, clip_norm: float
 ) -> None:
     layers = [_kept(1.0, 1.0, 1), _kept(scale_a, scale_e, 2)]
-    assert quick_norms(layers, torch.Size((3, 40)), clip_norm) is None
+    assert _that_hold(layers, clip_norm) == [False] * 3
 
 
 def test_quick_norms_are_refused_where_the_input_of_a_bias_is_large_beside_the_clip_norm() -> None:
     small = [_kept(1e-4, 1e-4, 1)]
-    assert quick_norms(small, torch.Size((3, 40)), 1e-8) is not None
-    assert quick_norms(small, torch.Size((3, 40)), 0.9e-8) is None
+    assert _that_hold(small, 1e-8) == [True] * 3
+    assert _that_hold(small, 0.9e-8) == [False] * 3
+
+
+@pytest.mark.parametrize("value", [3e18, 1e10, float("nan"), float("inf")])
+def test_quick_norms_hold_for_gateways_whose_neighbour_has_a_record_of_any_size(value: float) -> None:
+    layer = _kept(1.0, 1.0, 1)
+    layer.a[1, 5] = value
+    assert _that_hold([layer], 1.0) == [True, False, True]
+
+
+@pytest.mark.parametrize("value", [3e18, 1e10, float("nan"), float("inf")])
+def test_a_record_of_any_size_moves_no_other_gateways_sum_by_a_bit(value: float) -> None:
+    torch.manual_seed(1)
+    model, training = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)), _training("sample")
+    training = replace(training, privacy=replace(training.privacy, sample_rate=1.0))
+    sums = []
+    for size in (1.0, value):
+        shards, recorder = _shards((6,), tokens=False), Recorder()
+        shards[1].x[-1] *= size
+        trainer = new_trainer("stacked", model, training, CPU)
+        trainer.observer = recorder
+        trainer.train(RoundKeys(round_key=bytes(32), round_index=1), Layout.of(model).flatten(model), [0, 1, 2], shards)
+        sums.append({gateway: recorder.releases[gateway, 0].clipped for gateway in range(3)})
+    assert not np.array_equal(sums[0][1], sums[1][1])
+    for gateway in (0, 2):
+        np.testing.assert_array_equal(sums[0][gateway], sums[1][gateway])
 
 
 def test_quick_norms_are_refused_for_rows_that_are_no_records() -> None:
