@@ -23,7 +23,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import torch  # noqa: E402
 from suite import RESULTS, machine  # noqa: E402
+from torch import nn  # noqa: E402
 
 from fedray.audit.audit import attacks  # noqa: E402
 from fedray.audit.lab import DEFAULT, Lab, one_thread  # noqa: E402
@@ -43,7 +45,7 @@ def audit(level: str, mutant: str, job: str, seed: int) -> dict[str, Any]:
     changes = {**(DEFAULT_JOB if job == "default" else {}), **({"participation": 0.5} if mutant in COHORTS else {})}
     began, flags = time.monotonic(), []
     with one_thread(), broken():
-        plan = plan_of(level, UserParts() if mutant == HONEST else UserParts(model=Gated), seed=seed, **changes)
+        plan = plan_of(level, _honest(seed) if mutant == HONEST else UserParts(model=Gated), seed=seed, **changes)
         for finding in attacks(Lab(plan, DEFAULT)):
             if finding.violated:
                 flags.append(f"{finding.name}: {finding.lower_bound:.5g} > {finding.claim:.5g}")
@@ -57,6 +59,19 @@ def audit(level: str, mutant: str, job: str, seed: int) -> dict[str, Any]:
         "flags": flags,
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+class Dropped(Gated):
+    """An honest model that no proven layers make, and that draws: every record is trained alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs."""
+        return super().forward(nn.functional.dropout(x, 0.2, self.training))
+
+
+def _honest(seed: int) -> UserParts:
+    """Return the default model for even seeds, and one of the user's own for odd ones."""
+    return UserParts(model=Dropped) if seed % 2 else UserParts()
 
 
 def main() -> int:
@@ -101,7 +116,8 @@ def write(done: list[dict[str, Any]], before: dict[str, Any]) -> bool:
         rows.append(f"| {level} | {mutant} | {job} | {flagged} of {len(found)} | {names} | {slowest:.1f} |")
     text = f"""# The audit at default effort: what it flags and what it passes
 
-Broken runs end with the first attack that flags them; honest ones play all attacks. Jobs: small (4 gateways, 256 records each,
+Broken runs end with the first attack that flags them; honest ones play all attacks, every second one on a
+model of the user's own with Dropout. Jobs: small (4 gateways, 256 records each,
 B 16, 2 rounds of 4 steps) and the default one. {"All judged rightly." if right else "**Some were judged wrongly.**"}
 Machine: {machine.one_line(before)}.
 

@@ -22,7 +22,7 @@ from fedray.audit.bounds import Scores, canary_gateways_mu, count, game_bound, g
 from fedray.audit.canaries import Directions
 from fedray.audit.finding import Finding
 from fedray.audit.lab import LARGEST_PLAYABLE_MU, Float32Array, Lab
-from fedray.audit.releases import Place, attempts
+from fedray.audit.releases import Place, attempts, place_of
 from fedray.pool.worker import Worker
 from fedray.privacy import mechanism
 from fedray.privacy.ledger import ranges_of
@@ -199,7 +199,7 @@ def aggregate_noise(
     if federation.num_gateways > 1:  # the same total: what is left is noise, whoever is said to have arrived
         sums.append(Sum(total=full.total, weight=full.weight - 1, gateways=full.gateways[:-1]))
     return {
-        Place(keys.round_index, keys.attempt, 0, number): federation.residual(sum_, full, keys)[kept].astype(np.float32)
+        place_of(keys, 0, number): federation.residual(sum_, full, keys)[kept].astype(np.float32)
         for keys in attempts(lab, "aggregate noise", rounds)
         for number, sum_ in enumerate(sums)
     }

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +23,27 @@ from fedray.training.trainer import Release
 _GATEWAYS = 16
 _STEPS = 16
 ROUNDS = 3
-ATTEMPTS = 2
+_SECOND_OPENING = "audited"  # an incarnation
+_CHARGED: list[dict[str, Any]] = [{}, {"attempt": 1}, {"incarnation": _SECOND_OPENING}]
 _COORDINATES = 4096  # of a vector that are kept
 _FEWEST_OF_A_TENSOR = 64
 _REACH = 1000.0  # how many C-long steps a plain step goes: what the parameters were is rounding beside it
 
 
 class Place(NamedTuple):
-    """Where something was drawn."""
+    """Where something was drawn; openings of an unseeded run directory are numbered from 0."""
 
     round: int
     attempt: int
+    opening: int
     gateway: int
     step: int
+
+
+def place_of(keys: RoundKeys, gateway: int, step: int) -> Place:
+    """Return where a gateway draws in a step under keys that `attempts` gave."""
+    opening = int(keys.incarnation == _SECOND_OPENING)
+    return Place(round=keys.round_index, attempt=keys.attempt, opening=opening, gateway=gateway, step=step)
 
 
 def neighbouring(places: Collection[Place]) -> dict[str, list[tuple[Place, Place]]]:
@@ -107,7 +115,7 @@ class NoiseReader:
     def released(self, release: Release, gradient: torch.Tensor) -> torch.Tensor:
         """Keep what the optimizer gets, less the clipped sum."""
         assert self.keys is not None, "set before each training"
-        place = Place(self.keys.round_index, self.keys.attempt, release.gateway, release.step)
+        place = place_of(self.keys, release.gateway, release.step)
         noise = gradient.cpu().numpy().astype(np.float64) * release.divisor - release.clipped
         self._releases.observed[place] = (noise[self._kept] / self._clip_norm).astype(np.float32)
         self._releases.batches[place] = np.array(release.batch)
@@ -115,16 +123,17 @@ class NoiseReader:
 
 
 def attempts(lab: Lab, attack: str, rounds: int = ROUNDS) -> Iterator[RoundKeys]:
-    """Yield the keys of every attempt at a few rounds, each first attempt by `following`, as a run has them."""
+    """Yield the keys of a few rounds, each charged thrice: at first, by `following`, as a run has them; as another attempt;
+    and by another opening of a copied directory."""
     keys = lab.keys(attack)
     for _ in range(rounds):
-        for attempt in range(ATTEMPTS):
-            yield replace(keys, attempt=attempt)
+        for charged in _CHARGED:
+            yield replace(keys, **charged)
         keys = keys.following()
 
 
 def collect(lab: Lab) -> Releases:
-    """Train a few rounds of the run's gateways at `sample` or `batch`, twice each with another attempt, and keep all draws."""
+    """Train a few rounds of the run's gateways at `sample` or `batch`, each charged thrice, and keep all draws."""
     kept, tensors = coordinates(lab)
     gateways = range(min(lab.plan.config.gateways, _GATEWAYS))
     found = Releases(
@@ -147,8 +156,8 @@ def _observe(lab: Lab, found: Releases, kept: npt.NDArray[np.int64], gateways: r
     for keys in attempts(lab, "releases"):
         reader.keys = keys
         trainer.train(keys, lab.params, gateways, lab.shards)
-        if keys.round_index > 1 and keys.attempt and time.perf_counter() - start > lab.effort.game_seconds:
-            break  # the clock decides, not what was released; two rounds of two attempts each at least
+        if keys.round_index > 1 and keys.incarnation and time.perf_counter() - start > lab.effort.game_seconds:
+            break  # the clock decides, not what was released; two whole rounds at least
 
 
 def _read_off(lab: Lab, found: Releases, kept: npt.NDArray[np.int64], gateways: range) -> None:
@@ -163,6 +172,6 @@ def _read_off(lab: Lab, found: Releases, kept: npt.NDArray[np.int64], gateways: 
         loud.draw_ahead(Event())  # what a run draws while it waits serves the next round or nothing
         noise = (noised[:, kept].astype(np.float64) - plain[:, kept]) * (-lab.divisor / length / lab.clip_norm)
         for gateway, row in zip(gateways, noise, strict=True):
-            found.read_off[Place(keys.round_index, keys.attempt, gateway, 0)] = row.astype(np.float32)
-        if keys.round_index > 1 and keys.attempt and time.perf_counter() - start > lab.effort.game_seconds:
+            found.read_off[place_of(keys, gateway, 0)] = row.astype(np.float32)
+        if keys.round_index > 1 and keys.incarnation and time.perf_counter() - start > lab.effort.game_seconds:
             break

@@ -88,4 +88,4 @@ def _alphas(vectors: Mapping[Place, Float32Array], alpha: float) -> tuple[float,
 
 
 def _name(place: Place) -> str:
-    return f"(round {place.round}, attempt {place.attempt}, gateway {place.gateway}, step {place.step})"
+    return f"(round {place.round}, attempt {place.attempt}, opening {place.opening}, gateway {place.gateway}, step {place.step})"

@@ -17,7 +17,7 @@ from fedray.audit import power
 from fedray.audit.bounds import ALPHA, LARGEST_MU, binomial_lower, binomial_upper
 from fedray.audit.finding import Finding
 from fedray.audit.lab import Lab
-from fedray.audit.releases import Place, Releases, attempts, neighbouring
+from fedray.audit.releases import Place, Releases, attempts, neighbouring, place_of
 from fedray.privacy.levels import Adjacency, Unit
 
 _PAIRED_DRAWS = 1024  # of which all pairs are compared
@@ -56,8 +56,7 @@ def attack_participation(lab: Lab) -> list[Finding]:
     if not lab.spec.secret_participation or lab.spec.arrival_may_depend_on_data:
         return []  # nothing is claimed of them
     drawn = {
-        Place(keys.round_index, keys.attempt, 0, 0): np.array(lab.cohort(keys), np.int64)
-        for keys in attempts(lab, "cohorts", _COHORT_ROUNDS)
+        place_of(keys, 0, 0): np.array(lab.cohort(keys), np.int64) for keys in attempts(lab, "cohorts", _COHORT_ROUNDS)
     }
     sizes = {0: lab.plan.config.gateways}
     return findings(lab, Draws(drawn=drawn, sizes=sizes, rate=lab.spec.participation), "gateway", "zero-out", "cohort")
@@ -172,7 +171,7 @@ def _closest_pair(draws: Draws, alpha: float) -> tuple[float, str]:
 
 
 def _name(place: Place) -> str:
-    return f"(round {place.round}, attempt {place.attempt}, gateway {place.gateway}, step {place.step})"
+    return f"(round {place.round}, attempt {place.attempt}, opening {place.opening}, gateway {place.gateway}, step {place.step})"
 
 
 def share_inside(draws: Draws, rng: np.random.Generator) -> int:

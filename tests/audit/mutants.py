@@ -34,6 +34,11 @@ def of_first_attempt(keys: RoundKeys) -> RoundKeys:
     return replace(keys, attempt=0)
 
 
+def of_first_opening(keys: RoundKeys) -> RoundKeys:
+    """Return keys that forget who opened the directory."""
+    return replace(keys, incarnation="")
+
+
 @contextmanager
 def scaled_noise(factor: float) -> Iterator[None]:
     """Make every noise `factor` times what the constants say; the accountant keeps believing them."""
@@ -179,6 +184,7 @@ _LOCAL: Mapping[str, Make] = {
     "one batch for all steps": lambda: batches_by(_of_step_zero),
     "the same batches in every round": lambda: batches_keyed(of_first_round),
     "the same batches in every attempt": lambda: batches_keyed(of_first_attempt),
+    "the same batches in every opening": lambda: batches_keyed(of_first_opening),
     "the same batches in every gateway": lambda: batches_keyed(same, one_gateway=True),
     "batches of fixed size": lambda: batches_by(_of_fixed_size),
     "epochs": lambda: batches_by(_of_epochs),
@@ -192,6 +198,7 @@ _EVERYWHERE: Mapping[str, Make] = {
     "no noise": lambda: scaled_noise(0.0),
     "the same noise in every round": lambda: noise_keyed(of_first_round),
     "the same noise in every attempt": lambda: noise_keyed(of_first_attempt),
+    "the same noise in every opening": lambda: noise_keyed(of_first_opening),
 }
 _CENTRAL: Mapping[str, Make] = {
     "the same noise whoever arrives": noise_of_any_set,
@@ -209,5 +216,6 @@ MUTANTS: Mapping[str, Mapping[str, Make]] = {
 }
 COHORTS: Mapping[str, Make] = {
     "the same cohort in every attempt": lambda: cohorts_of(of_first_attempt),
+    "the same cohort in every opening": lambda: cohorts_of(of_first_opening),
     "the same cohort in every round": lambda: cohorts_of(of_first_round),
 }

@@ -91,9 +91,9 @@ def test_shape_power_holds() -> None:
 
 def _places(rounds: int, attempts: int, gateways: int, steps: int) -> list[Place]:
     return [
-        Place(r + 1, a, g, s)
+        Place(r + 1, a, o, g, s)
         for r in range(rounds)
-        for a in range(attempts)
+        for a, o in [*((a, 0) for a in range(attempts)), (0, 1)]
         for g in range(gateways)
         for s in range(steps)
     ]
