@@ -28,7 +28,7 @@ from fedray.training.record_draws import RecordDraws
 from fedray.training.record_gradients import Identity
 from fedray.training.record_parts import Made, Part, Product, Rows, Scattered
 
-_JOINED = 2**16  # values of a record's gradient in one parameter, past which it is clipped where it lies
+_JOINED = 2**11  # values of a record's gradient in one parameter, past which it is clipped where it lies
 
 
 class AloneGradients:
@@ -41,7 +41,7 @@ class AloneGradients:
         memory_limit: Bytes that records may take at once.
     """
 
-    cache_bytes = 32 * 2**20
+    cache_bytes = 8 * 2**20
     fewest_together = 1
 
     def __init__(

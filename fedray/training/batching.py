@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedray.training.batching_rules import RULES, Call, written
+from fedray.training.batching_rules import RULES, Call, max_pool2d_backward, written
 from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, each_embedding, each_input_gradient
 from fedray.training.program import Instruction, Program, operator, replaced, values_in
 
@@ -47,6 +47,7 @@ class Batched:
             "each": _each,
             "each_embedding": each_embedding,
             "each_convolution": each_convolution,
+            "max_pool2d_backward": max_pool2d_backward,
             "each_input_gradient": each_input_gradient,
         }
         source = "def run(params, constants, draws, inputs, target, n, m, b):\n" + "".join(

@@ -6,7 +6,7 @@ A rule gets a `Call` and returns the expression that gives the result, or None w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,13 +126,13 @@ class Call:
             return f"{found}.to({self.spec.dtype})"
         return found
 
-    def flat(self, argument: Any) -> str:
-        """Return an argument whose first dimension is a batch already, with the records' dimension merged into it.
+    def merged(self, argument: Any) -> str:
+        """Return an argument whose first dimension is a batch already, with the records' dimension merged into it."""
+        return f"{self.many(argument)}.{'squeeze(1)' if self.of(argument).shape[0] == 1 else 'flatten(0, 1)'}"
 
-        It lies in memory of its own shape: many kernels for batches take that for granted.
-        """
-        merged = "squeeze(1)" if self.of(argument).shape[0] == 1 else "flatten(0, 1)"
-        return f"{self.many(argument)}.{merged}.contiguous()"
+    def flat(self, argument: Any) -> str:
+        """Return `merged` in memory of its own shape, for kernels that take that for granted."""
+        return f"{self.merged(argument)}.contiguous()"
 
 
 def _later(dim: int) -> int:
@@ -351,12 +351,42 @@ def _pool(spatial: int, tensors: int = 1) -> Rule:
     return rule
 
 
+def _max_pool2d(call: Call) -> str | None:
+    """Channels last: the kernel for that layout is six times as fast on a CPU."""
+    if not _images(call, 2):
+        return None
+    x, *rest = call.args
+    flat = call.direct(f"{call.merged(x)}.contiguous(memory_format=torch.channels_last)", *rest)
+    return f"tuple(r.view({call.n}, {call.of(x).shape[0]}, *r.shape[1:]) for r in {flat})"
+
+
+def _max_pool2d_backward(call: Call) -> str | None:
+    grad, x, *rest, indices = call.args
+    if not _images(call, 2) or call.rank(1) != 4:
+        return None
+    flat = f"max_pool2d_backward({call.merged(grad)}, {call.merged(x)}, {written(rest)}, {call.merged(indices)})"
+    return f"(lambda r: r.view({call.n}, {call.of(x).shape[0]}, *r.shape[1:]))({flat})"
+
+
+def max_pool2d_backward(
+    grad: torch.Tensor, x: torch.Tensor, rest: Sequence[Any], indices: torch.Tensor
+) -> torch.Tensor:
+    """Return the input gradient of `_max_pool2d`, laid out as x is."""
+    last = torch.channels_last
+    # Of x the kernel takes size and layout.
+    shaped = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=last)
+    found: torch.Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad.contiguous(memory_format=last), shaped, *rest, indices.contiguous(memory_format=last)
+    )
+    return found.contiguous() if x.is_contiguous() else found
+
+
 def _convolution(call: Call) -> str | None:
     x, weight, bias, *rest = call.args
     if not call.is_batched(x) or call.is_batched(weight) or call.is_batched(bias):
         return None
     number = call.of(x).shape[0]
-    flat = call.direct(call.flat(x), weight, bias, *rest)
+    flat = call.direct(call.merged(x), weight, bias, *rest)
     return f"(lambda r: r.view({call.n}, {number}, *r.shape[1:]))({flat})"
 
 
@@ -364,17 +394,16 @@ def _convolution_backward(call: Call) -> str | None:
     grad, x, weight, _, *rest, mask = call.args
     if call.is_batched(weight) or call.of(x).shape[0] != 1:
         return None
-    flat = call.direct(call.flat(grad), call.flat(x), weight, None, *rest, [True, False, False])
-    return convolution_gradients(call, f"{flat}[0].unsqueeze(1)" if mask[0] else "None", written(weight))
+    flat = call.direct(call.merged(grad), call.merged(x), weight, None, *rest, [True, False, False])
+    return convolution_gradients(call, f"{flat}[0].unsqueeze(1)" if mask[0] else "None")
 
 
-def convolution_gradients(call: Call, of_input: str, weight: str) -> str:
+def convolution_gradients(call: Call, of_input: str) -> str:
     """Return the three gradients of a convolution, that of its input given; each record is a group of one large one.
 
     Args:
         call: Of convolution_backward.
         of_input: Source of the input's gradient.
-        weight: Source of a weight of the right shape.
     """
     grad, x, _, _, *rest, groups, mask = call.args
     parts = [of_input, "None", "None"]
@@ -383,8 +412,9 @@ def convolution_gradients(call: Call, of_input: str, weight: str) -> str:
         images = f"{call.many(x)}.reshape(1, -1, {', '.join(map(str, call.of(x).shape[2:]))})"
         grads = f"{call.many(grad)}.reshape(1, -1, {', '.join(map(str, call.of(grad).shape[2:]))})"
         sizes = ", ".join(map(str, shape))
-        repeated = f"{weight}.expand({call.n}, {sizes}).reshape(-1, {', '.join(map(str, shape[1:]))})"
-        flat = call.direct(grads, images, repeated, None, *rest, f"{call.n} * {groups}", [False, True, False])
+        # The gradient of a weight takes its shape alone.
+        shaped = f"{images}.new_zeros(()).expand({call.n} * {shape[0]}, {', '.join(map(str, shape[1:]))})"
+        flat = call.direct(grads, images, shaped, None, *rest, f"{call.n} * {groups}", [False, True, False])
         parts[1] = f"{flat}[1].view({call.n}, {sizes})"
     if mask[2]:
         parts[2] = f"{call.many(grad)}.sum({[1, *range(3, 1 + call.rank(0))]})"
@@ -518,8 +548,8 @@ RULES: dict[str, Rule] = {
     "aten.native_group_norm_backward.default": _group_norm_backward,
     "aten.convolution.default": _convolution,
     "aten.convolution_backward.default": _convolution_backward,
-    "aten.max_pool2d_with_indices.default": _pool(2),
-    "aten.max_pool2d_with_indices_backward.default": _pool(2, 2),
+    "aten.max_pool2d_with_indices.default": _max_pool2d,
+    "aten.max_pool2d_with_indices_backward.default": _max_pool2d_backward,
     "aten.max_pool3d_with_indices.default": _pool(3),
     "aten.max_pool3d_with_indices_backward.default": _pool(3, 2),
     "aten.avg_pool2d.default": _pool(2),

@@ -104,8 +104,7 @@ def _convolution_backward(call: MixedCall) -> str | None:
     if not call.is_of_gateways(weight) or call.of(x).shape[0] != 1:
         return None
     first = f"each_input_gradient({call.many(grad)}, {call.many(x)}, {written(weight)}, {written(rest)}, m)"
-    # The gradient of a weight takes its shape alone.
-    return convolution_gradients(call, first if mask[0] else "None", f"{written(weight)}[0]")
+    return convolution_gradients(call, first if mask[0] else "None")
 
 
 def _embedding(call: MixedCall) -> str | None:

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.models import Loss, call_model
+from fedray.training.fusing import fuse
 from fedray.training.held_state import changed, held_state
 from fedray.training.parameter_uses import Use, uses_of
 from fedray.training.program import Draw, Instruction, Program, Site, Spec, Untraceable, Value
@@ -124,6 +125,7 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
                     forward = _forward(code)
                 _refuse_writes(forward, code)
                 _refuse_unseen(forward)
+                fuse(forward)
                 joint, wanted = _joint(code, forward, uses_of(forward, len(code.params)))
             except _OwnBackward:
                 joint, wanted = _joint_directly(code)
