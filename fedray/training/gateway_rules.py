@@ -85,7 +85,7 @@ def _addmm(call: MixedCall) -> str | None:
         product = f"torch.bmm({written(a)}.reshape(m, -1, {inner}), {written(b)}).view(m, b, {rows}, {call.shape[1]})"
         return f"torch.add({call.aligned(bias, 2)}, {product}).flatten(0, 1)"
     else:
-        added = f"{written(bias)}.reshape({'m' if call.is_of_gateways(bias) else '1'}, 1, {shape[-1]})"
+        added = f"{written(bias)}.reshape({'m' if call.is_of_gateways(bias) else '1'}, 1, {shape[-1] if shape else 1})"
     product = f"torch.baddbmm({added}, {written(a)}.reshape(m, -1, {inner}), {written(b)})"
     return f"{product}.view(n, {rows}, {call.shape[1]})"
 

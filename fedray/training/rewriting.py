@@ -220,9 +220,11 @@ def _attention(
         scores = scores.masked_fill(~seen, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1)
-    if mask is not None and mask.dtype == torch.bool:  # nothing to attend to gives nothing, not NaN
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    if mask is None:
+        weights = torch.softmax(scores, -1)
+    else:  # nothing to attend to gives nothing, not NaN
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
     return torch.matmul(rewriter.dropout(weights, rate, True), value)
 
 

@@ -394,7 +394,7 @@ class _Compiler:
         self._num_draws, self._num_inputs = len(wanted.draws), len(code.inputs)
         nodes = list(joint.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
-        self._constants: dict[fx.Node, torch.Tensor] = {}
+        self._constants: dict[fx.Node, Any] = {}  # tensors, or numbers such as buffer.item()
         for node, value in zip(placeholders[self._num_params :], code.held.values(), strict=False):
             self._constants[node] = value
         self._inputs = [*placeholders[: self._num_params], *placeholders[self._num_params + num_held :]]
@@ -458,7 +458,7 @@ class _Compiler:
         outputs = [None if node is None else self._of(node) for node in self._output.args[0]]
         for node in [*self._nodes]:
             for source in node.all_input_nodes:
-                if self._of(source) in self._constants:
+                if isinstance(self._constants.get(self._of(source)), torch.Tensor):
                     used_constants[self._of(source)] = None
         for output in outputs:
             if output is not None and output in self._constants:
@@ -471,7 +471,12 @@ class _Compiler:
         for node in self._nodes:
             index[node] = len(index)
             spec = _spec(node)
-            arguments = _plain(_complete(node), lambda source: Value(index[self._of(source)]))
+            arguments = _plain(
+                _complete(node),
+                lambda source: (
+                    Value(index[source]) if (source := self._of(source)) in index else self._constants[source]
+                ),
+            )
             instructions.append(
                 Instruction(
                     op=_name(node), args=tuple(arguments[0]), kwargs=dict(arguments[1]), out=index[node], spec=spec

@@ -344,6 +344,24 @@ def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
     return self.body(x)  # type: ignore[no-any-return, operator]
 
 
+@trains("a number of a buffer", temperature=lambda: torch.tensor(2.0))
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    return x * self.temperature.item()  # type: ignore[operator, union-attr]
+
+
+@trains("a single number added to a product", offset=lambda: nn.Parameter(torch.tensor(0.5)))
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(self.offset, x, self.first.weight)  # type: ignore[call-overload, no-any-return]
+
+
+@trains("attention to nothing, by numbers")
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(3, 3)
+    mask[0] = -torch.inf
+    heads = x.reshape(-1, 1, 3, 2)
+    return functional.scaled_dot_product_attention(heads, heads * 2, heads, mask).flatten(1)
+
+
 # Random numbers
 
 
