@@ -208,6 +208,25 @@ def test_main_warns_of_a_weak_promise(outdir: Path, capsys: pytest.CaptureFixtur
     assert "--noise-multiplier would have to be" in printed
 
 
+def test_main_warns_of_a_large_delta(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gateways = SMALL[SMALL.index("--gateways") + 1]
+    argv = [*SMALL, "--noise-level", "gateway", "--noise-multiplier", "4", "--participation", "0.9"]
+    assert main([*argv, "--dry-run", "--delta", "1e-5"]) == 0
+    assert "--delta is" not in capsys.readouterr().out
+    for more in (["--dry-run"], ["--out", str(outdir)]):
+        assert main([*argv, *more, "--delta", "0.6"]) == 0
+        assert f"warning: --delta is 0.6, not below 1/{gateways}:" in capsys.readouterr().out
+
+
+def test_main_names_mu_before_and_after_a_run(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three rounds at sigma 4."""
+    argv = [*SMALL, "--noise-level", "gateway", "--noise-multiplier", "4", "--rounds", "3", "--out", str(outdir)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "per gateway (zero-out), mu 0.4331, against" in printed
+    assert "per gateway (zero-out, delta 1e-05, mu 0.4331): whether" in printed
+
+
 def test_main_names_a_run_after_time_and_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*SMALL, "--quiet"]) == 0
