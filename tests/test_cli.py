@@ -155,6 +155,22 @@ def test_dry_run_says_where_the_budget_ends_the_run(outdir: Path, capsys: pytest
     assert f"stopped before round {shown[1]} of 5" in capsys.readouterr().out
 
 
+def test_dry_run_of_many_records_and_rounds_fits_into_a_gigabyte() -> None:
+    """At this rate and number of steps the accountant once took 8.5 GB."""
+    program = """
+from fedray.cli import main
+from tests.peak import peak_memory_bytes
+assert main("--dry-run --pool inline --samples-per-gateway 213000 --rounds 625".split()) == 0
+print(peak_memory_bytes())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    *shown, peak = done.stdout.decode().splitlines()
+    assert "epsilon 0.1280 per record" in "".join(shown)
+    assert int(peak) < 1e9
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_dry_run_prints_where_ray_would_place_gateways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
