@@ -157,6 +157,11 @@ def _banner(run: _RunFiles) -> str:
         found += html.note(
             "Simulation only.", "With --seed the noise can be predicted by whoever knows the seed.", "warn"
         )
+    if run.verdict.guarantees:  # so config.json can be trusted to hold numbers
+        units = [guarantee.unit for guarantee in run.verdict.guarantees]
+        delta, records, gateways = run.config["delta"], run.card["nominal_records"], run.config["gateways"]
+        for sentence in report.delta_warnings(units, delta, records, gateways):
+            found += html.note("Large delta.", sentence, "warn")
     return found
 
 
@@ -175,6 +180,7 @@ def _privacy(run: _RunFiles) -> str:
                 {
                     "who is protected": _UNITS[guarantee.unit],
                     "neighbours": guarantee.adjacency,
+                    **({} if guarantee.mu is None else {"whole curve": f"mu = {report.format_epsilon(guarantee.mu)}"}),
                     "against whom": guarantee.observer,
                     "how": guarantee.mechanism,
                     "counted by": guarantee.accountant,

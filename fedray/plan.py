@@ -26,6 +26,7 @@ from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
+from fedray.report import delta_warnings
 from fedray.streams import first_round_key, forked_global_rng, mac, new_root_key, setup_key, torch_seed
 from fedray.training.engines import Engine, Isolation, isolation_of, traced
 from fedray.training.held_state import held_arrays
@@ -102,7 +103,8 @@ class Plan:
             return []
         found = []
         epsilon = accounting.first_epsilon(self.spec, self.charges)
-        claim = level.claims(self.spec)[0]
+        claims = level.claims(self.spec)
+        claim = claims[0]
         if epsilon > _HIGH_EPSILON:
             found.append(
                 f"the planned run ends at epsilon {epsilon:.0f} per {claim.unit} ({claim.adjacency}); above "
@@ -118,7 +120,8 @@ class Plan:
             sigmas = accounting.noise_multipliers_for(self.spec, self.charges, _HINTED_EPSILONS)
             hints = ", ".join(f"{sigma:.3g} for epsilon {epsilon:g}" for epsilon, sigma in sigmas.items())
             found.append(f"--noise-multiplier would have to be {hints}.")
-        return found
+        records, gateways = self.federation.nominal_records, self.config.gateways
+        return found + delta_warnings([claim.unit for claim in claims], self.spec.delta, records, gateways)
 
     def new_pool(self) -> Pool:
         """Return the pool of --pool, not yet started."""

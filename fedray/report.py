@@ -7,13 +7,13 @@ import importlib.metadata
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from fedray.config import RunConfig
 from fedray.privacy.accounting import Charges, Guarantee
-from fedray.privacy.levels import level_of
+from fedray.privacy.levels import Unit, level_of
 from fedray.privacy.spec import PrivacySpec
 
 _WEAK_EPSILON = 20.0
@@ -163,15 +163,36 @@ def sentence(guarantee: Guarantee) -> str:
         factor = f"by at most a factor of {math.exp(guarantee.epsilon):.3g}"
     else:
         factor = f"by up to a factor of 10^{guarantee.epsilon / math.log(10):.0f}, which is hardly a promise"
+    mu = "" if guarantee.mu is None else f", mu {format_epsilon(guarantee.mu)}"
     return (
         f"epsilon {format_epsilon(guarantee.epsilon)} per {guarantee.unit} ({guarantee.adjacency}, delta "
-        f"{guarantee.delta:g}): whether {change} changes the odds of whatever an observer may see {factor} "
+        f"{guarantee.delta:g}{mu}): whether {change} changes the odds of whatever an observer may see {factor} "
         f"(and with probability {guarantee.delta:g} by more). Observer: {guarantee.observer}."
     )
 
 
+def delta_warnings(units: Iterable[Unit], delta: float, records: int, gateways: int) -> list[str]:
+    """Return a sentence for each protected unit of whom delta alone would allow to publish one.
+
+    Args:
+        units: Of the guarantees.
+        delta: Of every guarantee.
+        records: Nominal shard size: a shard is the smallest data set that a promise per record speaks of.
+        gateways: How many there are.
+    """
+    found = []
+    for unit in dict.fromkeys(units):
+        count, whole = (records, f"a gateway's {records:,} records") if unit == "record" else (gateways, "all gateways")
+        if delta >= 1 / count:
+            found.append(
+                f"--delta is {delta:g}, not below 1/{count:,}: whoever published one of {whole}, drawn at random, would keep "
+                f"a promise per {unit} with such a delta; use one well below {1 / count:.2g}."
+            )
+    return found
+
+
 def format_epsilon(epsilon: float) -> str:
-    """Return an epsilon with four significant digits, rounded up."""
+    """Return an epsilon, or a mu, with four significant digits, rounded up."""
     if epsilon == 0:
         return "0"
     digits = max(0, 3 - _leading_exponent(epsilon))

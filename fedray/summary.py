@@ -34,7 +34,8 @@ def privacy_rows(plan: Plan, planned: Sequence[Guarantee]) -> list[tuple[str, st
         ("privacy", f"{spec.noise_level} level, sigma = {spec.noise_multiplier:.4g}, C = {spec.clip_norm:g}, "
          f"delta = {spec.delta:g}"),
         *(
-            ("planned", f"epsilon {report.format_epsilon(g.epsilon)} per {g.unit} ({g.adjacency}), against {g.observer}")
+            ("planned", f"epsilon {report.format_epsilon(g.epsilon)} per {g.unit} ({g.adjacency}), "
+             + ("" if g.mu is None else f"mu {report.format_epsilon(g.mu)}, ") + f"against {g.observer}")
             for g in planned
         ),
     ]  # fmt: skip

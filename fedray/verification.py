@@ -236,6 +236,7 @@ def _check_guarantees(verdict: Verdict, claimed: Any) -> None:
         name = f"{mine.unit} ({mine.adjacency}), against {mine.observer}"
         says = theirs if isinstance(theirs, dict) else {}
         epsilon, right = says.get("epsilon"), mine.as_dict()
+        right["mu"] = mine.mu if "mu" in says else None  # cards of earlier versions do not name it
         wrong = sorted(key for key in right if key != "epsilon" and says.get(key) != right[key])
         if wrong:
             verdict.add(

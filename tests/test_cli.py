@@ -155,6 +155,22 @@ def test_dry_run_says_where_the_budget_ends_the_run(outdir: Path, capsys: pytest
     assert f"stopped before round {shown[1]} of 5" in capsys.readouterr().out
 
 
+def test_dry_run_of_many_records_and_rounds_fits_into_a_gigabyte() -> None:
+    """At this rate and number of steps the accountant once took 8.5 GB."""
+    program = """
+from fedray.cli import main
+from tests.peak import peak_memory_bytes
+assert main("--dry-run --pool inline --samples-per-gateway 213000 --rounds 625".split()) == 0
+print(peak_memory_bytes())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    *shown, peak = done.stdout.decode().splitlines()
+    assert "epsilon 0.1280 per record" in "".join(shown)
+    assert int(peak) < 1e9
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_dry_run_prints_where_ray_would_place_gateways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -206,6 +222,25 @@ def test_main_warns_of_a_weak_promise(outdir: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "the promise is weak" in printed
     assert "--noise-multiplier would have to be" in printed
+
+
+def test_main_warns_of_a_large_delta(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gateways = SMALL[SMALL.index("--gateways") + 1]
+    argv = [*SMALL, "--noise-level", "gateway", "--noise-multiplier", "4", "--participation", "0.9"]
+    assert main([*argv, "--dry-run", "--delta", "1e-5"]) == 0
+    assert "--delta is" not in capsys.readouterr().out
+    for more in (["--dry-run"], ["--out", str(outdir)]):
+        assert main([*argv, *more, "--delta", "0.6"]) == 0
+        assert f"warning: --delta is 0.6, not below 1/{gateways}:" in capsys.readouterr().out
+
+
+def test_main_names_mu_before_and_after_a_run(outdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three rounds at sigma 4."""
+    argv = [*SMALL, "--noise-level", "gateway", "--noise-multiplier", "4", "--rounds", "3", "--out", str(outdir)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "per gateway (zero-out), mu 0.4331, against" in printed
+    assert "per gateway (zero-out, delta 1e-05, mu 0.4331): whether" in printed
 
 
 def test_main_names_a_run_after_time_and_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_privacy_card_lists_the_levels_guarantees_in_order(run: fedray.Run) -> N
     found = run.privacy["guarantees"]
     assert [(g["unit"], g["adjacency"]) for g in found] == GUARANTEES[run.privacy["noise_level"]]
     for guarantee in found:
-        assert set(guarantee) == {"unit", "adjacency", "observer", "epsilon", "delta", "mechanism", "accountant"}
+        assert set(guarantee) == {"unit", "adjacency", "observer", "epsilon", "delta", "mu", "mechanism", "accountant"}
         assert isinstance(guarantee["epsilon"], float)
 
 

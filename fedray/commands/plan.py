@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         tables = _noise(settings, given.epsilon)
     else:
         tables = [_solved(settings, given.epsilon, unknown)]
-    _show(_job(settings[0], unknown, level=given.noise_level), tables, _notes(settings))
+    _show(_job(settings[0], unknown, level=given.noise_level), tables, _notes(settings, unknown))
     return 0
 
 
@@ -157,13 +157,17 @@ def _costs(settings: Sequence[Setting]) -> _Table:
     for setting, index, claim in _claims(settings):
         noise = [_cell("noise_multiplier", solve(setting, index, "noise_multiplier", epsilon)) for epsilon in _EPSILONS]
         cost = format_epsilon(setting.epsilon(index))
-        rows.append([setting.noise_level, claim.unit, claim.adjacency, cost, f"{setting.noise_on_average:.3g}", *noise])
+        mu = setting.mu(index)
+        curve = "–" if mu is None else format_epsilon(mu)
+        average = f"{setting.noise_on_average:.3g}"
+        rows.append([setting.noise_level, claim.unit, claim.adjacency, cost, curve, average, *noise])
     sigma = settings[0].noise_multiplier
     head = [
         "level",
         "unit",
         "adjacency",
         f"epsilon at sigma {sigma:g}",
+        "mu",
         "noise",
         *(f"sigma for {e:g}" for e in _EPSILONS),
     ]
@@ -231,7 +235,9 @@ def _job(setting: Setting, unknown: Unknown, level: str) -> str:
     return f"{'all levels' if level == 'all' else level + ' level'}: {', '.join(known)}"
 
 
-def _notes(settings: Sequence[Setting]) -> list[str]:
+def _notes(settings: Sequence[Setting], unknown: Unknown) -> list[str]:
+    from fedray.report import delta_warnings
+
     observers: dict[str, list[str]] = {}
     for setting in settings:
         observers.setdefault(setting.claims[0].observer, []).append(setting.noise_level)
@@ -239,12 +245,19 @@ def _notes(settings: Sequence[Setting]) -> list[str]:
     notes.append(
         "noise: its standard deviation on a coordinate of the average of one local step (gateway: of one round), in C."
     )
+    if unknown == "epsilon":
+        notes.append(
+            "mu: of the whole Gaussian curve, from which epsilon follows at every delta; –: it is no Gaussian's."
+        )
     notes.append("any: it does not matter. none: no value reaches that epsilon. Every value holds for the whole run.")
     if settings[0].participation < 1 and {"sample", "batch"} & {setting.noise_level for setting in settings}:
         notes.append(
             "sample and batch claim no amplification by participation, for the orchestrator sees who takes part; they are "
             "counted as if the most charged gateway took part in every round."
         )
+    units = [claim.unit for _, _, claim in _claims(settings) if not (unknown == "records" and claim.unit == "record")]
+    first = settings[0]
+    notes += [f"warning: {text}" for text in delta_warnings(units, first.delta, first.records, first.gateways)]
     return notes
 
 

@@ -34,13 +34,26 @@ class Charges:
 
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
-    """One line of the privacy card: unit, adjacency, observer, (epsilon, delta), mechanism and accountant."""
+    """One line of the privacy card.
+
+    Args:
+        unit: Whom it protects.
+        adjacency: Between which neighbours.
+        observer: Against whom.
+        epsilon: At `delta`.
+        delta: Of the run's settings.
+        mu: Of the whole curve, which is that of a mu-GDP mechanism (Dong et al. 2019) where nothing is sampled: epsilon at
+            any other delta follows from it alone. None where it is no Gaussian's curve; 0 where nothing was released.
+        mechanism: In words.
+        accountant: By its name.
+    """
 
     unit: Unit
     adjacency: Adjacency
     observer: str
     epsilon: float
     delta: float
+    mu: float | None
     mechanism: str
     accountant: str
 
@@ -80,6 +93,17 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
+def mu_of(event: Event, count: int) -> float | None:
+    """Return mu after `count` events, sqrt(count) · sensitivity / sigma (Dong et al. 2019, Corollary 3.3).
+
+    Edge cases:
+        None at a rate below 1: the curve of a sampled Gaussian is no Gaussian's.
+    """
+    if event.rate < 1.0:
+        return None
+    return (2 if event.replaces else 1) * math.sqrt(count) / event.noise_multiplier
+
+
 def epsilon_of(event: Event, count: int, delta: float) -> float:
     """Return epsilon after `count` events.
 
@@ -88,8 +112,9 @@ def epsilon_of(event: Event, count: int, delta: float) -> float:
     """
     if count == 0:
         return 0.0
-    if event.rate >= 1.0:
-        return gaussian_epsilon((2 if event.replaces else 1) * math.sqrt(count) / event.noise_multiplier, delta)
+    mu = mu_of(event, count)
+    if mu is not None:
+        return gaussian_epsilon(mu, delta)
     return max(loss.epsilon(count, delta) for loss in _losses(event))
 
 
@@ -121,6 +146,7 @@ def guarantees(spec: PrivacySpec, charges: Charges) -> tuple[Guarantee, ...]:
             observer=claim.observer,
             epsilon=epsilon_of(claim.event, count_of(claim, charges), spec.delta),
             delta=spec.delta,
+            mu=mu_of(claim.event, count_of(claim, charges)),
             mechanism=claim.mechanism,
             accountant=accountant_of(claim.event),
         )

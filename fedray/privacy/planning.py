@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedray.privacy.accounting import epsilon_of
+from fedray.privacy.accounting import epsilon_of, mu_of
 from fedray.privacy.levels import Claim, level_of
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec, WeightsName
 
@@ -81,9 +81,14 @@ class Setting:
 
     def epsilon(self, index: int) -> float:
         """Return epsilon of the claim at this index after the whole run."""
-        event = self.claims[index].event
-        count = self.rounds * self.local_steps if event.per == "step" else self.rounds
-        return epsilon_of(event, count, self.delta)
+        return epsilon_of(self.claims[index].event, self._count(index), self.delta)
+
+    def mu(self, index: int) -> float | None:
+        """Return mu of the claim at this index after the whole run; None where its curve is no Gaussian's."""
+        return mu_of(self.claims[index].event, self._count(index))
+
+    def _count(self, index: int) -> int:
+        return self.rounds * self.local_steps if self.claims[index].event.per == "step" else self.rounds
 
 
 def solve(setting: Setting, index: int, unknown: Unknown, epsilon: float) -> float | None:

@@ -158,6 +158,39 @@ def test_plan_says_by_default_what_each_level_costs(capsys: Output) -> None:
     assert costs["gateway", "gateway", "zero-out"] == pytest.approx(17.86, abs=0.01)
 
 
+def test_plan_prints_mu_where_the_curve_is_gaussian(capsys: Output) -> None:
+    assert main(["plan", "--rounds", "9", "--local-steps", "4", "--sigma", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "mu" in printed.split("epsilon at sigma 3", 1)[1].split()[0]
+    mus = {key[:3]: cells[1] for key, cells in _rows(printed, "what each level costs").items()}
+    assert mus == {
+        ("sample", "record", "add-or-remove"): "–",
+        ("batch", "gateway", "replace"): "4.000",
+        ("batch", "gateway", "zero-out"): "2.000",
+        ("batch", "record", "add-or-remove"): "–",
+        ("gateway", "gateway", "zero-out"): "1.000",
+        ("gateway", "gateway", "replace"): "2.000",
+        ("gateway", "record", "add-or-remove"): "2.000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--noise-level gateway --delta 0.06", ["a gateway's 4,096 records"]),
+        ("--noise-level gateway --delta 0.07", ["all gateways", "a gateway's 4,096 records"]),
+        ("--noise-level sample --delta 0.07", ["a gateway's 4,096 records"]),
+        ("--noise-level sample --delta 1e-4", []),
+        ("--noise-level sample --delta 0.07 --epsilon 1 --solve records", []),
+    ],
+)
+def test_plan_warns_of_a_large_delta(flags: str, warned: list[str], capsys: Output) -> None:
+    assert main(["plan", *flags.split()]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning:") == len(warned)
+    assert all(f"published one of {words}" in printed for words in warned)
+
+
 def test_plan_prints_a_noise_multiplier_that_a_run_confirms(capsys: Output) -> None:
     assert main(["plan", "--noise-level", "gateway", "--epsilon", "4"]) == 0
     sigma = _rows(capsys.readouterr().out, "smallest noise multiplier")["gateway", "gateway", "zero-out"][0]

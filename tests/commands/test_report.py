@@ -16,6 +16,7 @@ import pytest
 from fedray import html_elements as html
 from fedray.charts import Curve, nice_ticks, round_ticks, svg
 from fedray.cli import main
+from fedray.report import format_epsilon
 from tests.commands import browser
 
 Output = pytest.CaptureFixture[str]
@@ -212,6 +213,21 @@ def test_report_of_an_unfinished_run_says_so(run: Path) -> None:
 @pytest.mark.parametrize("run", ["none"], indirect=True)
 def test_report_without_privacy_promises_nothing(run: Path) -> None:
     assert "--noise-level none promises nothing" in _page(run).words
+
+
+@pytest.mark.parametrize(("run", "curves"), [("sample", 0), ("batch", 2), ("gateway", 3)], indirect=["run"])
+def test_report_names_mu_where_the_curve_is_gaussian(run: Path, curves: int) -> None:
+    words = _page(run).words
+    assert words.count("whole curve") == curves
+    for guarantee in json.loads((run / "privacy.json").read_text())["guarantees"]:
+        assert guarantee["mu"] is None or f"mu = {format_epsilon(guarantee['mu'])}" in words
+
+
+def test_report_warns_of_a_large_delta(run: Path, outdir: Path) -> None:
+    assert "Large delta." not in _page(run).words
+    flags = "--gateways 2 --rounds 1 --samples-per-gateway 64 --pool inline --delta 0.02 --quiet"
+    assert main([*flags.split(), "--out", str(outdir)]) == 0
+    assert "Large delta. --delta is 0.02, not below 1/64" in " ".join(_page(outdir).words.split())
 
 
 def test_report_of_seeded_noise_says_simulation_only(outdir: Path) -> None:

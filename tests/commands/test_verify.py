@@ -127,6 +127,19 @@ def test_verify_catches_a_smaller_epsilon_with_forged_digests(run: Path, capsys:
     assert "the ledger says" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("run", ["batch", "gateway"], indirect=True)
+def test_verify_catches_a_smaller_mu_with_forged_digests(run: Path, capsys: Output) -> None:
+    _edit(run, "privacy.json", lambda card: card["guarantees"][0].update(mu=card["guarantees"][0]["mu"] * 0.999))
+    assert main(["verify", str(run)]) == 3
+    assert "mu is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run", ["gateway"], indirect=True)
+def test_verify_passes_a_card_of_a_version_that_did_not_name_mu(run: Path) -> None:
+    _edit(run, "privacy.json", lambda card: [guarantee.pop("mu") for guarantee in card["guarantees"]])
+    assert main(["verify", str(run)]) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -155,6 +155,27 @@ def test_guarantees_of_none_are_empty() -> None:
     assert accounting.epsilon_by_unit(spec_of("none"), Charges(steps=5, rounds=5)) == {}
 
 
+@pytest.mark.parametrize(
+    ("level", "mus"),
+    [("sample", [None]), ("batch", [2 * math.sqrt(24) / 3, math.sqrt(24) / 3, None]), ("gateway", [1.0, 2.0, 2.0])],
+)
+def test_guarantees_name_mu_where_the_curve_is_gaussian(level: str, mus: list[float | None]) -> None:
+    """mu = sqrt(T) · sensitivity / sigma; every (epsilon, delta) of the claim follows from it."""
+    for delta in (1e-5, 1e-9):
+        spec = spec_of(level, noise_multiplier=3.0, delta=delta)
+        found = accounting.guarantees(spec, Charges(steps=24, rounds=9))
+        assert [guarantee.mu for guarantee in found] == [mu if mu is None else pytest.approx(mu) for mu in mus]
+        for guarantee in found:
+            if guarantee.mu is not None:
+                assert guarantee.epsilon == pytest.approx(books.gdp_epsilon(guarantee.mu, delta), rel=1e-6)
+
+
+def test_guarantees_name_no_mu_where_participation_is_sampled() -> None:
+    """Edge case of `mu_of`: None at a rate below 1."""
+    spec = spec_of("gateway", participation=0.5)
+    assert {guarantee.mu for guarantee in accounting.guarantees(spec, Charges(steps=2, rounds=1))} == {None}
+
+
 @pytest.mark.parametrize("level", ["sample", "batch", "gateway"])
 def test_first_epsilon_is_the_first_guarantee(level: str) -> None:
     """Budgets, targets, metrics and card speak of the same number."""
