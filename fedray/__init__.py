@@ -9,22 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedray.config import RunConfig
+    from fedray.config.settings import RunConfig
     from fedray.errors import FedrayError
-    from fedray.gateway import Gateway
-    from fedray.loading import load_model
-    from fedray.orchestrator import Orchestrator, Run
+    from fedray.data.gateway import Gateway
+    from fedray.models.loading import load_model
+    from fedray.orchestrator.rounds import Orchestrator, Run
 
 __version__ = "0.1.0"
 __all__ = ["FedrayError", "Gateway", "Orchestrator", "Run", "RunConfig", "load_model"]
 
 _HOMES = {
     "FedrayError": "fedray.errors",
-    "Gateway": "fedray.gateway",
-    "Orchestrator": "fedray.orchestrator",
-    "Run": "fedray.orchestrator",
-    "RunConfig": "fedray.config",
-    "load_model": "fedray.loading",
+    "Gateway": "fedray.data.gateway",
+    "Orchestrator": "fedray.orchestrator.rounds",
+    "Run": "fedray.orchestrator.rounds",
+    "RunConfig": "fedray.config.settings",
+    "load_model": "fedray.models.loading",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fedray.cli import main
+from fedray.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fedray
-from fedray.cli import main
+from fedray.commands.cli import main
 from fedray.errors import InputError
 from tests.zygote import python
 
@@ -401,7 +401,7 @@ def test_main_refuses_a_bad_lazy_shard_in_actors_before_round_one(tmp_path: Path
 
 
 def test_main_refuses_bad_flags_without_importing_torch() -> None:
-    code = "import sys; from fedray.cli import main; main(['--rounds', 'x']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from fedray.commands.cli import main; main(['--rounds', 'x']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedray.cli import explicit_fields, main, parse
-from fedray.config import RunConfig, flag
+from fedray.commands.cli import explicit_fields, main, parse
+from fedray.config.settings import RunConfig, flag
 
 SMALL = ["--gateways", "3", "--rounds", "2", "--samples-per-gateway", "128", "--local-steps", "2", "--pool", "inline"]
 
@@ -36,7 +36,7 @@ def test_help_answers_in_under_a_second() -> None:
 
 def test_help_does_without_slow_imports() -> None:
     code = (
-        "import sys; from fedray.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "import sys; from fedray.commands.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
         "sys.exit(str({'torch', 'ray', 'opacus', 'dp_accounting', 'scipy', 'sklearn'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -49,7 +49,7 @@ def test_help_lists_one_flag_a_field_and_config() -> None:
 
 
 def test_help_names_the_commands() -> None:
-    from fedray.cli import COMMANDS
+    from fedray.commands.cli import COMMANDS
 
     described = " ".join(_help().split())
     assert all(f" {name} " in described for name in COMMANDS)
@@ -158,7 +158,7 @@ def test_dry_run_says_where_the_budget_ends_the_run(outdir: Path, capsys: pytest
 def test_dry_run_of_many_records_and_rounds_fits_into_a_gigabyte() -> None:
     """At this rate and number of steps the accountant once took 8.5 GB."""
     program = """
-from fedray.cli import main
+from fedray.commands.cli import main
 from tests.peak import peak_memory_bytes
 assert main("--dry-run --pool inline --samples-per-gateway 213000 --rounds 625".split()) == 0
 print(peak_memory_bytes())

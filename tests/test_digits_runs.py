@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedray
-from fedray.cli import parse
+from fedray.commands.cli import parse
 
 GATEWAY = (
     "--dataset digits --gateways 20 --partition dirichlet:0.5 --noise-level gateway --noise-multiplier 1.25 "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedray.cli import main
+from fedray.commands.cli import main
 from tests.zygote import python
 
 FAILS_IN_ROUND_3 = """

@@ -14,7 +14,7 @@ from torch import nn
 import fedray
 from fedray.data.shards import ShardCache
 from fedray.errors import InputError
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import new_trainer
 
 transformers = pytest.importorskip("transformers", reason="the models under test are its")

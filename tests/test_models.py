@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from fedray import models
+from fedray.models import calls, checks, reference
 from fedray.errors import InputError
-from fedray.streams import forked_global_rng
+from fedray.privacy.streams import forked_global_rng
 
 X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])
 
 
 def test_mlp_takes_records_of_any_shape() -> None:
-    assert models.mlp((1, 8, 8), 10)(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
-    assert models.mlp((16,), 4)(torch.zeros(3, 16)).shape == (3, 4)
+    assert reference.mlp((1, 8, 8), 10)(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    assert reference.mlp((16,), 4)(torch.zeros(3, 16)).shape == (3, 4)
 
 
 def test_mlp_is_the_issues_16_32_4() -> None:
-    assert [tuple(parameter.shape) for parameter in models.mlp((16,), 4).parameters()] == [
+    assert [tuple(parameter.shape) for parameter in reference.mlp((16,), 4).parameters()] == [
         (32, 16),
         (32,),
         (4, 32),
@@ -32,17 +32,17 @@ def test_mlp_is_the_issues_16_32_4() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 4, 7)])
 def test_cnn_takes_images(shape: tuple[int, int, int]) -> None:
-    assert models.cnn(shape, 10)(torch.zeros(2, *shape)).shape == (2, 10)
+    assert reference.cnn(shape, 10)(torch.zeros(2, *shape)).shape == (2, 10)
 
 
 def test_cnn_normalises_within_records() -> None:
-    assert any(isinstance(module, nn.GroupNorm) for module in models.cnn((1, 8, 8), 10).modules())
+    assert any(isinstance(module, nn.GroupNorm) for module in reference.cnn((1, 8, 8), 10).modules())
 
 
 @pytest.mark.parametrize("shape", [(16,), (8, 8), (1, 3, 8)])
 def test_cnn_refuses_what_is_no_image(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="--model cnn needs images"):
-        models.cnn(shape, 10)
+        reference.cnn(shape, 10)
 
 
 class Module(nn.Module):
@@ -92,14 +92,14 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_check_accepts(name: str) -> None:
     with forked_global_rng(1):
-        assert models.check(GOOD[name](), X, Y, None) == 3
+        assert checks.check(GOOD[name](), X, Y, None) == 3
 
 
 def test_check_leaves_the_model_unchanged() -> None:
     model = GOOD["dropout"]()
     before = copy.deepcopy(model.state_dict())
     with forked_global_rng(1):
-        models.check(model, X, Y, None)
+        checks.check(model, X, Y, None)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
@@ -112,7 +112,7 @@ def test_check_sees_a_coupling_even_if_all_records_are_equal() -> None:
             return self.layer(x - x.mean(dim=0))
 
     with forked_global_rng(1), pytest.raises(InputError, match="depends on the other records"):
-        models.check(Centred(), torch.ones(1, 6), Y[:1], None)
+        checks.check(Centred(), torch.ones(1, 6), Y[:1], None)
 
 
 def test_check_names_the_module_that_couples() -> None:
@@ -122,44 +122,44 @@ def test_check_names_the_module_that_couples() -> None:
 
     model = nn.Sequential(nn.Linear(6, 4), Sorted(), nn.Linear(4, 3))
     with pytest.raises(InputError, match=r"the output of 1 \(Sorted\) for a record depends on the other records"):
-        models.check(model, X, Y, None)
+        checks.check(model, X, Y, None)
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
 def test_check_names_batch_norm_and_the_remedy(kind: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(kind(8)), nn.Linear(8, 3))
     with pytest.raises(InputError, match=rf"1\.0 is {kind.__name__}.*use GroupNorm or LayerNorm, or --fix-model"):
-        models.check(model, X, Y, None)
+        checks.check(model, X, Y, None)
 
 
 def test_check_refuses_instance_norm_that_keeps_statistics() -> None:
     model = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten())
     model.append(nn.Linear(6, 3))
     with pytest.raises(InputError, match=r"buffer 1\.running_mean changes during a forward pass"):
-        models.check(model, X, Y, None)
+        checks.check(model, X, Y, None)
 
 
 def test_fix_replaces_batch_norm() -> None:
-    model = models.fix(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+    model = checks.fix(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
     assert isinstance(model, nn.Sequential)
     assert isinstance(model[1], nn.GroupNorm)
     assert model[:2](X).std() > 0.1  # one feature a group would normalise everything away
-    assert models.check(model, X, Y, None) == 3
+    assert checks.check(model, X, Y, None) == 3
 
 
 def test_fix_replaces_batch_norm_of_images() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3))
-    assert models.check(models.fix(model), torch.rand(3, 1, 8, 8), Y[:3], None) == 3
+    assert checks.check(checks.fix(model), torch.rand(3, 1, 8, 8), Y[:3], None) == 3
 
 
 def test_fix_leaves_a_good_model_alone() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    fixed = models.fix(copy.deepcopy(model))
+    fixed = checks.fix(copy.deepcopy(model))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fixed.parameters(), strict=True))
 
 
 def test_cross_entropy_gives_one_value_a_record() -> None:
-    values = models.cross_entropy(torch.zeros(5, 4), Y)
+    values = calls.cross_entropy(torch.zeros(5, 4), Y)
     assert torch.allclose(values, torch.full((5,), 4.0).log())
 
 
@@ -190,15 +190,15 @@ class TimeFirst(torch.nn.Module):
 )
 def test_check_refuses_coupling_that_spares_the_first_record(model: torch.nn.Module, x: torch.Tensor) -> None:
     with pytest.raises(InputError, match="depends on the other records"):
-        models.check(model, x, torch.zeros(3, dtype=torch.int64), None)
+        checks.check(model, x, torch.zeros(3, dtype=torch.int64), None)
 
 
 def test_check_refuses_a_loss_that_couples_records() -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return models.cross_entropy(output, target) - output.mean()
+        return calls.cross_entropy(output, target) - output.mean()
 
     with pytest.raises(InputError, match="loss of a record depends on the other records"):
-        models.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), loss)
+        checks.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), loss)
 
 
 def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:
@@ -207,7 +207,7 @@ def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:
 
     model = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.Linear(4, 2))
     with pytest.raises(InputError, match=r"outputs have shape \(15, 2\) for 3 records"):
-        models.check(model, torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64), loss)
+        checks.check(model, torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64), loss)
 
 
 class Mean(torch.nn.Module):
@@ -245,18 +245,18 @@ class Wrapped(Module):
 def test_call_model_hands_over_one_input_a_tuple_or_a_dict() -> None:
     model = Pair()
     expected = model(X, MASK)
-    assert torch.equal(models.call_model(model, (X, MASK)), expected)
-    assert torch.equal(models.call_model(model, {"mask": MASK, "values": X}), expected)
-    assert torch.equal(models.call_model(model.layer, X), model.layer(X))
+    assert torch.equal(calls.call_model(model, (X, MASK)), expected)
+    assert torch.equal(calls.call_model(model, {"mask": MASK, "values": X}), expected)
+    assert torch.equal(calls.call_model(model.layer, X), model.layer(X))
 
 
 def test_call_model_takes_the_logits_of_an_output() -> None:
     model = Wrapped()
-    assert torch.equal(models.call_model(model, X), model.layer(X))
+    assert torch.equal(calls.call_model(model, X), model.layer(X))
 
 
 def test_check_accepts_an_output_with_logits() -> None:
-    assert models.check(Wrapped(), X, Y, None) == 3
+    assert checks.check(Wrapped(), X, Y, None) == 3
 
 
 @pytest.mark.parametrize("logits", [None, [0.0]])
@@ -266,13 +266,13 @@ def test_check_refuses_an_output_without_a_tensor(logits: object) -> None:
             return Scores(logits)
 
     with pytest.raises(InputError, match=r"it returned Scores, not a tensor or an object whose \.logits is one"):
-        models.check(Odd(), X, Y, None)
+        checks.check(Odd(), X, Y, None)
 
 
 @pytest.mark.parametrize("x", [(X, MASK), {"values": X, "mask": MASK}])
 def test_check_accepts_several_inputs(x: Any) -> None:
     with forked_global_rng(1):
-        assert models.check(Pair(), x, Y, None) == 3
+        assert checks.check(Pair(), x, Y, None) == 3
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -281,7 +281,7 @@ def test_check_sees_a_coupling_through_several_inputs(named: bool, number: int) 
     values, mask = X[:number], MASK[:number]
     x: Any = {"values": values, "mask": mask} if named else (values, mask)
     with forked_global_rng(1), pytest.raises(InputError, match="depends on the other records"):
-        models.check(Pair(coupled=True), x, Y[:number], None)
+        checks.check(Pair(coupled=True), x, Y[:number], None)
 
 
 @pytest.mark.parametrize(
@@ -296,10 +296,10 @@ def test_check_sees_a_coupling_through_several_inputs(named: bool, number: int) 
 )
 def test_check_says_how_several_inputs_were_handed_over(x: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        models.check(Pair(), x, Y, None)
+        checks.check(Pair(), x, Y, None)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_build_refuses_several_inputs_for_models_of_one(name: str) -> None:
     with pytest.raises(InputError, match=f"--model is {name} but x is several inputs; it takes one array"):
-        models.build(name, None, 3)
+        reference.build(name, None, 3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedray.privacy.accounting import Guarantee
 from fedray.privacy.levels import Unit
-from fedray.report import delta_warnings, format_epsilon, sentence
+from fedray.rundir.cards import delta_warnings, format_epsilon, sentence
 
 
 @given(st.floats(1e-6, 1e6))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedray
-from fedray.streams import first_round_key, new_root_key, next_round_key
+from fedray.privacy.streams import first_round_key, new_root_key, next_round_key
 
 SHARDS = [(np.eye(3, 5, dtype=np.float32)[np.arange(64) % 3], np.arange(64) % 3) for _ in range(3)]
 LEVELS = ["none", "sample", "batch", "gateway"]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedray import streams
-from fedray.streams import RoundKeys, Stream, derive_key, fill_normals, forked_global_rng
+from fedray.privacy import streams
+from fedray.privacy.streams import RoundKeys, Stream, derive_key, fill_normals, forked_global_rng
 from tests.privacy import checks
 
 KEY = bytes(range(32))

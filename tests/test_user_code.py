@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import tests.test_models
-from fedray.cli import main
-from fedray.loading import load_model
-from fedray.user_code import code_digest, find_function, is_reference
+from fedray.commands.cli import main
+from fedray.models.loading import load_model
+from fedray.config.user_code import code_digest, find_function, is_reference
 
 NUMPY = """
 import numpy as np

@@ -20,8 +20,8 @@ from families.family import Family
 from families.job import BATCH, Job, Refused, reason
 from families.systems import Fedray, Opacus, Plain, PlainLoop, System
 
-from fedray.plan import Plan
-from fedray.streams import RoundKeys
+from fedray.orchestrator.plan import Plan
+from fedray.privacy.streams import RoundKeys
 
 TOLERANCE = 1e-4  # of the device's clipped sums against the CPU's (relative L2)
 GATEWAYS = (16, 256, 4096)

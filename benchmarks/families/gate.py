@@ -21,8 +21,8 @@ from families.job import CPU, Job, Refused, new_keys, reason, trainer_of
 from fedray.data.inputs import taken
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError
-from fedray.plan import Plan
-from fedray.streams import RoundKeys
+from fedray.orchestrator.plan import Plan
+from fedray.privacy.streams import RoundKeys
 from fedray.training.trainer import Release
 
 TOLERANCE = 1e-5  # relative L2 over all sums

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from families.family import Family, class_losses
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.data.inputs import arrays, on, tensors
 from fedray.data.shards import Shard, as_arrays
 from fedray.errors import FedrayError
-from fedray.plan import Plan, UserParts, prepare
+from fedray.orchestrator.plan import Plan, UserParts, prepare
 from fedray.pool.worker import memory_share
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import Trainer
 

@@ -17,7 +17,7 @@ from families.family import call
 from families.job import LR, Job, Refused, batches, new_keys, reason, trainer_of
 from fedray.data.inputs import Inputs, taken
 from fedray.errors import FedrayError
-from fedray.plan import Plan
+from fedray.orchestrator.plan import Plan
 
 LARGEST_STACK_BYTES = 2 * 2**30  # of updates that fedray hands back at a time
 

@@ -20,8 +20,8 @@ import torch
 import workload
 from fedray_trainer import CPU, load_shards
 
-from fedray.params import Layout
-from fedray.streams import RoundKeys
+from fedray.models.layout import Layout
+from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import Engine, new_trainer
 from fedray.training.trainer import Release
 

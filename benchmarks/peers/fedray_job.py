@@ -9,8 +9,8 @@ from pathlib import Path
 
 import workload
 
-from fedray.config import RunConfig
-from fedray.models import cross_entropy
+from fedray.config.settings import RunConfig
+from fedray.models.calls import cross_entropy
 from fedray.privacy.spec import PrivacySpec
 from fedray.training.trainer import LocalTraining
 

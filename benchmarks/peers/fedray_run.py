@@ -30,8 +30,8 @@ import torch
 import workload
 from measurement import Measurement
 
-from fedray.orchestrator import Orchestrator, Run
-from fedray.progress import Silent
+from fedray.orchestrator.rounds import Orchestrator, Run
+from fedray.reports.progress import Silent
 
 
 class RoundClock(Silent):

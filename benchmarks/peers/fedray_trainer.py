@@ -17,13 +17,13 @@ import torch
 import workload
 from measurement import Measurement
 
-from fedray.aggregation import FedAvg, weighted_sum
+from fedray.algorithms.aggregation import FedAvg, weighted_sum
 from fedray.data.shards import Shard
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.privacy import mechanism
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import new_trainer
 
 CPU = torch.device("cpu")

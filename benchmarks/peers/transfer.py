@@ -32,12 +32,12 @@ import torch
 import workload
 
 from fedray.data.shards import RecordRules
-from fedray.orchestrator import gather
-from fedray.params import Layout
+from fedray.orchestrator.rounds import gather
+from fedray.models.layout import Layout
 from fedray.pool.pool import Patience
 from fedray.pool.ray_pool import RayPool
 from fedray.pool.worker import WorkerSetup
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import Float32Array, GatewayShards
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedray import report
+from fedray.rundir import cards
 from fedray.audit import (
     central,
     inversion,
@@ -29,7 +29,7 @@ from fedray.audit.finding import Finding
 from fedray.audit.lab import DEFAULT, Effort, Lab, one_thread
 from fedray.audit.releases import collect, coordinates
 from fedray.errors import InputError
-from fedray.plan import Plan
+from fedray.orchestrator.plan import Plan
 from fedray.privacy.levels import Unit, level_of
 
 NOTES = (
@@ -114,7 +114,7 @@ class Audit:
             "seconds": round(self.seconds, 3),
             "config": {key: value for key, value in self.plan.config.as_dict().items() if key != "seed"},
             "seeded": self.plan.config.seed is not None,
-            "versions": report.versions(),
+            "versions": cards.versions(),
         }
 
 
@@ -145,7 +145,7 @@ def run_audit(plan: Plan, *, effort: Effort = DEFAULT, with_outliers: bool = Fal
     """Attack a planned run; nothing is charged and no run directory is touched.
 
     Args:
-        plan: From `fedray.plan.prepare`: any data, model and loss that a run takes.
+        plan: From `fedray.orchestrator.plan.prepare`: any data, model and loss that a run takes.
         effort: How much to try.
         with_outliers: Add the outlier report (needs scikit-learn and matplotlib).
 

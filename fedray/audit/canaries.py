@@ -12,8 +12,8 @@ from scipy import fft
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.data.shards import Shard
-from fedray.models import Loss, call_model
-from fedray.params import Layout
+from fedray.models.calls import Loss, call_model
+from fedray.models.layout import Layout
 
 Float32Array = npt.NDArray[np.float32]
 _FAR = 30.0  # an out-of-distribution record lies this many times as far out as the farthest value of the data

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import GroupResult, gather
+from fedray.algorithms.aggregation import GroupResult, gather
 from fedray.audit import power
 from fedray.audit.bounds import Scores, canary_gateways_mu, count, game_bound, gaussian_bound
 from fedray.audit.canaries import Directions
@@ -26,7 +26,7 @@ from fedray.audit.releases import Place, attempts, place_of
 from fedray.pool.worker import Worker
 from fedray.privacy import mechanism
 from fedray.privacy.ledger import ranges_of
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.trainer import GatewayShards, StepObserver
 
 Float64Array = npt.NDArray[np.float64]

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray import models, pictures
+from fedray.reports import pictures
+from fedray.models import calls, reference
 from fedray.audit.lab import SameShard
 from fedray.data import digits
 from fedray.data.shards import Shard
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys, forked_global_rng
+from fedray.privacy.streams import RoundKeys, forked_global_rng
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 
@@ -52,7 +53,7 @@ def reconstructions(rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], 
     (x, y), _ = digits.load()
     chosen = rng.permutation(len(y))[:_SHOWN]
     with forked_global_rng(int(rng.integers(2**31))):
-        model = models.mlp(x.shape[1:], 10)
+        model = reference.mlp(x.shape[1:], 10)
     found: dict[float, npt.NDArray[np.float64]] = {}
     for sigma in SIGMAS:
         rows = [
@@ -75,7 +76,7 @@ def _update(model: torch.nn.Module, shard: Shard, sigma: float, rng: np.random.G
         local_steps=1,
         expected_cohort=1.0,
     )
-    training = LocalTraining(privacy=spec, optimizer="sgd", lr=1.0, loss=models.cross_entropy)
+    training = LocalTraining(privacy=spec, optimizer="sgd", lr=1.0, loss=calls.cross_entropy)
     trainer = new_trainer("stacked", model, training, torch.device("cpu"))
     params = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
     keys = RoundKeys(round_key=rng.bytes(32), round_index=1)

@@ -24,7 +24,7 @@ from fedray.audit.lab import QUIET, Float32Array, Lab
 from fedray.audit.movement import TOLERANCE, Movement, distance, findings_of, rounding
 from fedray.audit.neighbours import Substitutes, World, chosen, exchanged, worlds_around
 from fedray.privacy.levels import Unit
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.trainer import Release, Trainer
 
 SIDE_BY_SIDE = 3  # gateways in a group

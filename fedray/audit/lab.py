@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import FedAvg, gather
+from fedray.algorithms.aggregation import FedAvg, gather
 from fedray.data.shards import Shard, ShardCache
-from fedray.orchestrator import participation
-from fedray.plan import Plan
+from fedray.orchestrator.rounds import participation
+from fedray.orchestrator.plan import Plan
 from fedray.pool import worker
 from fedray.privacy import mechanism
 from fedray.privacy.ledger import ranges_of
 from fedray.privacy.levels import Adjacency, level_of
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys, derive_key, numpy_generator
+from fedray.privacy.streams import RoundKeys, derive_key, numpy_generator
 from fedray.training import engines
 from fedray.training.trainer import GatewayShards, LocalTraining, Trainer
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import FedAvg
+from fedray.algorithms.aggregation import FedAvg
 from fedray.audit import power
 from fedray.audit.bounds import TradeOff, one_run_limit
 from fedray.audit.canaries import Directions

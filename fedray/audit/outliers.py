@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from fedray import pictures
+from fedray.reports import pictures
 from fedray.audit.bounds import area_under_curve
 from fedray.audit.lab import Lab
 from fedray.audit.scenes import Scene, record_scene, upload_scenes

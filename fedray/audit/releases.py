@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from fedray.audit.lab import QUIET, Float32Array, Lab
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.trainer import Release
 
 _GATEWAYS = 16

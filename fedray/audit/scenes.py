@@ -12,7 +12,7 @@ import torch
 from fedray.audit.canaries import clipped, mislabelled, out_of_distribution, record_gradients
 from fedray.audit.lab import Lab, SameShard
 from fedray.data.shards import Shard, joined
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.privacy import mechanism
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedray.cli import parse
+from fedray.commands.cli import parse
 from fedray.commands.arguments import Arguments
 from fedray.commands.output import new_output, write_output
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
     from fedray.audit.audit import run_audit  # torch takes seconds to import: --help and bad flags answer without it
     from fedray.audit.lab import DEFAULT, THOROUGH
-    from fedray.plan import UserParts, prepare
+    from fedray.orchestrator.plan import UserParts, prepare
 
     plan = prepare(config, UserParts())
     if not config.quiet:

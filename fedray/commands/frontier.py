@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from fedray.cli import parse
+from fedray.commands.cli import parse
 from fedray.commands.arguments import Arguments
 from fedray.commands.output import new_output, write_output
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 from fedray.privacy.levels import LEVELS
 from fedray.privacy.spec import NoiseLevelName
 
 if TYPE_CHECKING:
-    from fedray.frontier import Outcome
+    from fedray.commands.sweep import Outcome
 
 Value = TypeVar("Value")
 _DESCRIPTION = """Trains one run for each level, noise and seed, as Ray tasks (one after the other with --pool inline), draws
-accuracy against epsilon with error bars, one curve a level, and writes frontier.json and frontier.png. Besides its own flags
+accuracy against epsilon with error bars, one curve a level, and writes frontier.json and sweep.png. Besides its own flags
 it takes every flag of a run (python -m fedray --help); --out names the directory (default: runs/<UTC time>-frontier).
 Tuning on private data is not covered by any run's epsilon.
 Exit codes: 0 done, 1 a run failed, 2 bad input."""
@@ -50,11 +50,13 @@ def main(arguments: list[str]) -> int:
     if not seeds:
         raise InputError("--seeds is empty; it must be whole numbers, separated by commas.")
 
-    from fedray import frontier, pictures, report  # torch takes seconds to import: --help answers without it
-    from fedray.plan import UserParts, prepare
+    from fedray.commands import sweep
+    from fedray.reports import pictures
+    from fedray.rundir import cards  # torch takes seconds to import: --help answers without it
+    from fedray.orchestrator.plan import UserParts, prepare
 
     pictures.new_figure(1, 1)  # matplotlib is missed now rather than after all runs
-    configs = frontier.configs_of(config, levels, noises, targets, seeds)
+    configs = sweep.configs_of(config, levels, noises, targets, seeds)
     for level in levels:
         prepare(next(one for one in configs if one.noise_level == level), UserParts())
     start, count = time.perf_counter(), 0
@@ -70,14 +72,14 @@ def main(arguments: list[str]) -> int:
                 flush=True,
             )
 
-    outcomes = frontier.sweep(configs, config.pool == "inline", done)
-    points = frontier.points_of(outcomes)
+    outcomes = sweep.sweep(configs, config.pool == "inline", done)
+    points = sweep.points_of(outcomes)
     path = new_output(config, "frontier")
-    text = json.dumps(frontier.card(config, outcomes, report.versions()), indent=2, allow_nan=False) + "\n"
-    write_output(path, {"frontier.json": text.encode(), "frontier.png": frontier.picture(points)})
-    for line in frontier.table_lines(points):
+    text = json.dumps(sweep.card(config, outcomes, cards.versions()), indent=2, allow_nan=False) + "\n"
+    write_output(path, {"frontier.json": text.encode(), "frontier.png": sweep.picture(points)})
+    for line in sweep.table_lines(points):
         print(line)
-    print(frontier.NOTE)
+    print(sweep.NOTE)
     print(f"{len(configs)} runs in {time.perf_counter() - start:.0f} s; files: {path}")
     return 0
 

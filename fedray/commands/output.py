@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.errors import RunFailedError
 
 

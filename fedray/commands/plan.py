@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fedray.commands.arguments import Arguments
-from fedray.config import RunConfig, flag
+from fedray.config.settings import RunConfig, flag
 from fedray.errors import InputError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _claims(settings: Iterable[Setting]) -> Iterable[tuple[Setting, int, Claim]]
 
 def _costs(settings: Sequence[Setting]) -> _Table:
     from fedray.privacy.planning import solve
-    from fedray.report import format_epsilon
+    from fedray.rundir.cards import format_epsilon
 
     rows = []
     for setting, index, claim in _claims(settings):
@@ -206,7 +206,7 @@ def _solved(settings: Sequence[Setting], epsilons: Sequence[float], unknown: Unk
 
 def _cell(unknown: str, value: float | None) -> str:
     """Return a value rounded so that it still holds: noise up, participation down."""
-    from fedray.report import format_epsilon
+    from fedray.rundir.cards import format_epsilon
 
     if value is None:
         return "none"
@@ -236,7 +236,7 @@ def _job(setting: Setting, unknown: Unknown, level: str) -> str:
 
 
 def _notes(settings: Sequence[Setting], unknown: Unknown) -> list[str]:
-    from fedray.report import delta_warnings
+    from fedray.rundir.cards import delta_warnings
 
     observers: dict[str, list[str]] = {}
     for setting in settings:

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the run directory)")
     given = parser.parse_args(arguments)
 
-    from fedray.html_report import render  # numpy and the accountant: --help answers without them
+    from fedray.reports.page import render  # numpy and the accountant: --help answers without them
 
     out = given.rundir / "report.html" if given.out is None else given.out
     page = render(given.rundir)

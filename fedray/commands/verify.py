@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
             f"--digest is {given.digest!r}; it must be 64 hexadecimal digits, as printed when the run ended."
         )
 
-    from fedray.verification import examine  # numpy and the accountant: --help answers without them
+    from fedray.rundir.verification import examine  # numpy and the accountant: --help answers without them
 
     verdict = examine(given.rundir, given.digest)
     for finding in verdict.findings:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedray.errors import InputError
-from fedray.streams import numpy_generator
+from fedray.privacy.streams import numpy_generator
 
 NUM_TEST = 360
 _PUBLIC_KEY = b"fedray digits split, a public key"[:32]

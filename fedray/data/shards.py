@@ -15,7 +15,7 @@ import torch
 from fedray.data import inputs
 from fedray.data.inputs import Array, InputArrays, Inputs, leaf_names, leaves, rebuilt
 from fedray.errors import GatewayError, InputError
-from fedray.gateway import Gateway
+from fedray.data.gateway import Gateway
 
 
 class Shards(Protocol):

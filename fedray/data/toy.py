@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedray.streams import numpy_generator
+from fedray.privacy.streams import numpy_generator
 
 NUM_CLASSES = 4
 NUM_FEATURES = 16

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import GroupResult
+from fedray.algorithms.aggregation import GroupResult
 from fedray.pool.placement import groups_of
 from fedray.pool.pool import Inspection, PoolInfo, members
 from fedray.pool.worker import Worker, WorkerSetup, resolve_device
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 
 
 class InlinePool:

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedray.aggregation import GroupResult
-from fedray.streams import RoundKeys
+from fedray.algorithms.aggregation import GroupResult
+from fedray.privacy.streams import RoundKeys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import GroupResult
+from fedray.algorithms.aggregation import GroupResult
 from fedray.errors import FedrayError, GatewayError, InputError, RunFailedError
 from fedray.pool import connection
 from fedray.pool.machines import describe, machines_of, survey
 from fedray.pool.placement import Placement, place
 from fedray.pool.pool import Inspection, Patience, PoolInfo, members
 from fedray.pool.worker import Worker, WorkerSetup, resolve_device
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 
 
 def _last_line(error: object) -> str:

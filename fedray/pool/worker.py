@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.aggregation import GroupResult, weighted_sum
+from fedray.algorithms.aggregation import GroupResult, weighted_sum
 from fedray.data.inputs import InputArrays, arrays, leaf_names, leaves
 from fedray.data.shards import RecordRules, Shard, ShardCache, Shards
 from fedray.errors import GatewayError, InputError
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.pool.hardware import hardware_of
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
-from fedray.streams import RoundKeys, mac
+from fedray.privacy.streams import RoundKeys, mac
 from fedray.training.engines import Engine, new_trainer
 from fedray.training.program import Program
 from fedray.training.trainer import LocalTraining

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fedray.constants import constant
+from fedray.privacy.constants import constant
 
 _MARGIN = 1e-6
 LARGEST_NORM = 1e18  # the square of a larger one overflows float32

@@ -119,7 +119,7 @@ class Ledger:
         """Let all charges from now on be another process' than those before; the first of them writes it down.
 
         Args:
-            incarnation: See `fedray.streams.new_incarnation`.
+            incarnation: See `fedray.privacy.streams.new_incarnation`.
 
         Guarantee:
             The incarnation is on disk before the first charge under it, and what was charged before keeps its own. So

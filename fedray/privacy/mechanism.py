@@ -8,7 +8,7 @@ import numpy.typing as npt
 from fedray.privacy.levels import level_of
 from fedray.privacy.noise import aggregate_noise
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 
 
 def aggregate(

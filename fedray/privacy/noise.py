@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys, Stream, derive_key, fill_normals, torch_seed
+from fedray.privacy.streams import RoundKeys, Stream, derive_key, fill_normals, torch_seed
 
 _LOCAL = "local noise"
 _AGGREGATE = "aggregate noise"

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 
 
 class PoissonSampler:

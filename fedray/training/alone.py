@@ -19,7 +19,7 @@ import torch
 
 from fedray.data.inputs import leaves
 from fedray.data.shards import Shard
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.privacy.clipping import clip_factors, usable
 from fedray.training.batching import Batched
 from fedray.training.draws import Batch

@@ -19,7 +19,7 @@ from fedray.data.shards import Shard
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 
 _WINDOW_BYTES = 8 * 2**20  # of records gathered ahead of the steps that use them
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from fedray.data.inputs import on, only_leaf, taken
 from fedray.data.shards import Shard
-from fedray.models import Loss, cross_entropy
-from fedray.params import Layout
+from fedray.models.calls import Loss, cross_entropy
+from fedray.models.layout import Layout
 from fedray.training.alone import AloneGradients
 from fedray.training.program import Program
 from fedray.training.record_gradients import RecordGradients, SequenceGradients

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedray.data.inputs import Inputs, leaves, rebuilt, taken
 from fedray.data.shards import Shard
-from fedray.models import Loss, call_model
-from fedray.params import Layout
-from fedray.streams import RoundKeys
+from fedray.models.calls import Loss, call_model
+from fedray.models.layout import Layout
+from fedray.privacy.streams import RoundKeys
 from fedray.training.alone import AloneGradients
 from fedray.training.draws import Batch
 from fedray.training.program import Program, Untraceable

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.streams import RoundKeys, derive_key
+from fedray.privacy.streams import RoundKeys, derive_key
 from fedray.training.program import Draw
 
 Words = npt.NDArray[np.uint64]

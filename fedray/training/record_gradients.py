@@ -13,7 +13,7 @@ import torch
 from fedray.data.inputs import only_leaf
 from fedray.data.shards import Shard
 from fedray.privacy.clipping import clip_factors, usable
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.batching import Batched
 from fedray.training.chain import cross_entropy_gradient
 from fedray.training.draws import Batch

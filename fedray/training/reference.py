@@ -23,13 +23,13 @@ from opacus.optimizers import DPOptimizer
 from fedray.data.inputs import on
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
-from fedray.models import call_model
-from fedray.params import Layout
+from fedray.models.calls import call_model
+from fedray.models.layout import Layout
 from fedray.privacy.clipping import clip_factors, clip_rows, select_finite
 from fedray.privacy.levels import level_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
-from fedray.streams import RoundKeys, forked_global_rng, torch_seed
+from fedray.privacy.streams import RoundKeys, forked_global_rng, torch_seed
 from fedray.training.trainer import NOT_THE_BATCH, Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from fedray.constants import constant
+from fedray.privacy.constants import constant
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 

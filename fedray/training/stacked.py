@@ -21,7 +21,7 @@ from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.draws import Batch, Draws
 from fedray.training.record_gradients import RecordGradients
 from fedray.training.row_optimizers import new_row_optimizer

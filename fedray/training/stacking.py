@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.training.chain import Chain, altered
 from fedray.training.layers import KINDS, Slot, StackedLayer, Unsupported
 

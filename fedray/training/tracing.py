@@ -25,7 +25,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
-from fedray.models import Loss, call_model
+from fedray.models.calls import Loss, call_model
 from fedray.training.fusing import fuse
 from fedray.training.held_state import changed, held_state
 from fedray.training.parameter_uses import Use, uses_of

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from fedray.data.shards import Shard
-from fedray.models import Loss
+from fedray.models.calls import Loss
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 
 Float32Array = npt.NDArray[np.float32]
 NOT_THE_BATCH = "a layer's first dimension is not the batch, so its gradients are not one a record"

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from fedray.data.inputs import only_leaf
 from fedray.data.shards import joined
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
-from fedray.streams import RoundKeys, forked_global_rng, torch_seed
+from fedray.privacy.streams import RoundKeys, forked_global_rng, torch_seed
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
 
 WIDTH = 8

@@ -16,7 +16,7 @@ from fedray.privacy import mechanism
 from fedray.privacy.noise import LocalNoise, aggregate_noise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from tests.audit.coupled import COUPLINGS, clipped_by_halves, trained_by, unclipped
 
 Keys = Callable[[RoundKeys], RoundKeys]

@@ -13,13 +13,13 @@ import pytest
 from torch import nn
 
 import fedray.audit.lab
-from fedray import html_audit
+from fedray.reports import audit_page
 from fedray.audit.audit import Audit
 from fedray.audit.bounds import ALPHA
 from fedray.audit.lab import Lab
-from fedray.cli import main
+from fedray.commands.cli import main
 from fedray.errors import InputError
-from fedray.plan import UserParts
+from fedray.orchestrator.plan import UserParts
 from tests.audit.coupled import Gated
 from tests.audit.mutants import scaled_noise
 from tests.audit.worlds import LEVELS, QUICK, Tokens, audit_of, flagged, plan_of, token_shards
@@ -66,7 +66,7 @@ def test_attacks_that_cannot_fail_are_powerless_and_do_not_count() -> None:
 
 def test_report_counts_no_powerless_attack() -> None:
     audit = audit_of("sample", batch_size=32, samples_per_gateway=32)
-    assert f"None of {audit.num_counting} attacks" in html_audit.content(audit.as_dict(), {})
+    assert f"None of {audit.num_counting} attacks" in audit_page.content(audit.as_dict(), {})
 
 
 def test_attacks_see_trained_parameters() -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fedray import frontier
-from fedray.cli import main
-from fedray.config import RunConfig
+from fedray.commands import sweep
+from fedray.commands.cli import main
+from fedray.config.settings import RunConfig
 
 SMALL = ["--gateways", "2", "--rounds", "1", "--local-steps", "2", "--batch-size", "8", "--samples-per-gateway", "64"]
 
 
 def test_configs_cover_every_level_noise_and_seed() -> None:
-    found = frontier.configs_of(RunConfig(), ["sample", "gateway", "none"], [0.5, 1.0], [], [0, 1])
+    found = sweep.configs_of(RunConfig(), ["sample", "gateway", "none"], [0.5, 1.0], [], [0, 1])
     assert len(found) == 2 * 2 * 2 + 2
     assert {(c.noise_level, c.noise_multiplier, c.seed) for c in found} >= {("sample", 0.5, 1), ("none", None, 0)}
     assert all(c.pool == "inline" and c.quiet and c.out is None for c in found)
@@ -25,13 +25,13 @@ def test_configs_cover_every_level_noise_and_seed() -> None:
 
 def test_points_are_means_with_the_spread_over_seeds() -> None:
     outcomes = [
-        frontier.Outcome(
+        sweep.Outcome(
             level="sample", noise_multiplier=1.0, target_epsilon=None, seed=seed, epsilon=2.0, unit="record",
             adjacency="add-or-remove", delta=1e-5, accuracy=accuracy, loss=None, rounds=1, seconds=1.0,
         )
         for seed, accuracy in enumerate([0.8, 0.9, 0.85])
     ]  # fmt: skip
-    (point,) = frontier.points_of(outcomes)
+    (point,) = sweep.points_of(outcomes)
     assert point.accuracy == pytest.approx(0.85)
     assert point.spread == pytest.approx(statistics.stdev([0.8, 0.9, 0.85]))
     assert point.seeds == 3
@@ -66,7 +66,7 @@ def test_command_calibrates_for_target_epsilons(outdir: Path) -> None:
 def test_command_sweeps_as_ray_tasks(outdir: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["frontier", *SMALL, "--noise-multipliers", "1", "--seeds", "0,1", "--out", str(outdir)]) == 0
     tasks = json.loads((outdir / "frontier.json").read_text())["runs"]
-    inline = [frontier.run_one(c) for c in frontier.configs_of(_config(), ["sample"], [1.0], [], [0, 1])]
+    inline = [sweep.run_one(c) for c in sweep.configs_of(_config(), ["sample"], [1.0], [], [0, 1])]
     assert [run["accuracy"] for run in tasks] == [run.accuracy for run in inline]
 
 
@@ -112,11 +112,11 @@ def test_command_needs_test_data_with_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_score(self: object, params: object) -> object:
-        from fedray.evaluation import Score
+        from fedray.tasks.evaluation import Score
 
         return Score(accuracy=None, loss=None)
 
-    monkeypatch.setattr("fedray.evaluation.Evaluation.score", no_score)
+    monkeypatch.setattr("fedray.tasks.evaluation.Evaluation.score", no_score)
     monkeypatch.chdir(tmp_path)
     assert main(["frontier", *SMALL, "--noise-multipliers", "1", "--seeds", "0", "--pool", "inline"]) == 2
     assert "held-out data" in capsys.readouterr().err

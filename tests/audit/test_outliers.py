@@ -13,7 +13,7 @@ from scipy import stats
 import fedray.audit.lab
 from fedray.audit import inversion, outliers
 from fedray.audit.lab import Lab
-from fedray.cli import main
+from fedray.commands.cli import main
 from tests.audit.mutants import scaled_noise
 from tests.audit.worlds import LEVELS, QUICK, plan_of
 

@@ -42,7 +42,7 @@ def benchmark_without_packages(*arguments: str) -> subprocess.CompletedProcess[s
 
 
 def test_training_and_privacy_can_be_imported_without_ray_and_opacus() -> None:
-    modules = "fedray.training.engines, fedray.training.tracing, fedray.privacy.noise, fedray.plan"
+    modules = "fedray.training.engines, fedray.training.tracing, fedray.privacy.noise, fedray.orchestrator.plan"
     done = without_packages(f"sys.path.insert(0, 'benchmarks')\nimport {modules}\nimport device.rows, device.report")
     assert done.returncode == 0, done.stderr
 

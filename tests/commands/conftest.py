@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedray.cli import main
+from fedray.commands.cli import main
 
 KINDS = {
     "none": ["--noise-level", "none"],

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedray.cli import main
+from fedray.commands.cli import main
 from fedray.privacy.accounting import gaussian_epsilon
 from fedray.privacy.planning import Setting, Unknown, solve
 

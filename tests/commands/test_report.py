@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from fedray import html_elements as html
-from fedray.charts import Curve, nice_ticks, round_ticks, svg
-from fedray.cli import main
-from fedray.report import format_epsilon
+from fedray.reports import elements as html
+from fedray.reports.charts import Curve, nice_ticks, round_ticks, svg
+from fedray.commands.cli import main
+from fedray.rundir.cards import format_epsilon
 from tests.commands import browser
 
 Output = pytest.CaptureFixture[str]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedray import manifest
-from fedray.cli import main
+from fedray.rundir import manifest
+from fedray.commands.cli import main
 from fedray.privacy import accounting
 from fedray.privacy.ledger import Ledger
 from tests.commands.conftest import KINDS
@@ -268,7 +268,7 @@ def test_verify_takes_a_repeated_round_as_the_ledger_charges_it(run: Path, capsy
 
 
 def _spec(run: Path) -> Any:
-    from fedray.evidence import read_settings
+    from fedray.rundir.evidence import read_settings
 
     return read_settings(run).spec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.data import digits
 from fedray.data.source import from_config
 

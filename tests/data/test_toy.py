@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.data import toy
 from fedray.data.source import from_config
 

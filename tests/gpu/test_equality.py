@@ -17,7 +17,7 @@ from families.catalogue import FAMILIES
 from families.job import Job, new_keys
 
 from fedray.privacy.noise import LocalNoise
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import new_trainer
 from tests.privacy.checks import check_independence, check_noise_law
 from tests.privacy.worlds import keys_of, spec_of

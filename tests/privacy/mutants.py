@@ -12,15 +12,16 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedray import orchestrator, streams
+from fedray.orchestrator.rounds import rounds
+from fedray.privacy import streams
 from fedray.privacy import accounting, clipping, levels, mechanism, noise
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
-from fedray.session import Session
-from fedray.streams import RoundKeys
+from fedray.orchestrator.session import Session
+from fedray.privacy.streams import RoundKeys
 from fedray.training import alone, layers, program_check, record_parts
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver, Trainer
@@ -120,7 +121,7 @@ def repeated_under_the_new_incarnation(patch: Patch, engine: str) -> None:
 
 def cohort_without_the_attempt(patch: Patch, engine: str) -> None:
     """Each attempt at a round has the same secret cohort."""
-    draw = orchestrator.participation
+    draw = rounds.participation
     replace_everywhere(patch, draw, lambda plan, keys: draw(plan, replace(keys, attempt=0)))
 
 
@@ -443,7 +444,7 @@ def weighted_average_with_uniform_noise(patch: Patch, engine: str) -> None:
 
 def uploaded_buffer(patch: Patch, engine: str) -> None:
     """A layer may keep a running mean of its inputs, which travels with the update, as one more number in it."""
-    from fedray import models
+    from fedray.models import checks
     from fedray.pool.worker import Worker
 
     train = Worker.train

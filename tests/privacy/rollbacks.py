@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedray import Orchestrator, RunConfig
-from fedray.aggregation import GroupResult
+from fedray.algorithms.aggregation import GroupResult
 from fedray.errors import RunInterruptedError
 from fedray.pool.inline_pool import InlinePool
-from fedray.progress import Silent
+from fedray.reports.progress import Silent
 from tests.privacy import checks
 from tests.privacy.worlds import data_free_run
 

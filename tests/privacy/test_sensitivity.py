@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.models import cross_entropy
-from fedray.params import Layout
+from fedray.models.calls import cross_entropy
+from fedray.models.layout import Layout
 from fedray.privacy.clipping import clip_factors, clip_rows
 from fedray.privacy.mechanism import aggregate
 from fedray.privacy.noise import LocalNoise, aggregate_noise

@@ -11,13 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedray import Orchestrator, RunConfig, models
+from fedray import Orchestrator, RunConfig
+from fedray.models import calls
 from fedray.data.shards import RecordRules, Shard
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.pool import worker
 from fedray.privacy.spec import PrivacySpec
-from fedray.progress import Silent
-from fedray.streams import RoundKeys, first_round_key, new_root_key, next_round_key
+from fedray.reports.progress import Silent
+from fedray.privacy.streams import RoundKeys, first_round_key, new_root_key, next_round_key
 from fedray.training import engines
 from fedray.training.trainer import LocalTraining, Release
 
@@ -117,7 +118,7 @@ def wide_model(num_params: int) -> nn.Module:
     return nn.Linear(NUM_FEATURES, num_params // (NUM_FEATURES + 1))
 
 
-def training_of(spec: PrivacySpec, loss: models.Loss = product_loss, lr: float = 0.1) -> LocalTraining:
+def training_of(spec: PrivacySpec, loss: calls.Loss = product_loss, lr: float = 0.1) -> LocalTraining:
     """Return plain SGD, whose update is −lr times the sum of the released gradients."""
     return LocalTraining(privacy=spec, optimizer="sgd", lr=lr, loss=loss)
 
@@ -230,7 +231,7 @@ def worker_of(engine: str, model: nn.Module, training: LocalTraining, shards: Se
 
 
 def clipped_sum(
-    model: nn.Module, loss: models.Loss, shard: Shard, batch: Sequence[int], clip_norm: float
+    model: nn.Module, loss: calls.Loss, shard: Shard, batch: Sequence[int], clip_norm: float
 ) -> npt.NDArray[np.float64]:
     """Return the sum of clipped gradients by plain autograd in float64, one record at a time."""
     import copy

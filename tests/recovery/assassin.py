@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fedray
-from fedray.progress import Silent
+from fedray.reports.progress import Silent
 
 JOB: dict[str, Any] = {
     "gateways": 4,

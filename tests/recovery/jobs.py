@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import fedray
-from fedray.evidence import checkpoint_texts, checkpoints
-from fedray.verification import examine
+from fedray.rundir.evidence import checkpoint_texts, checkpoints
+from fedray.rundir.verification import examine
 
 SMALL: dict[str, Any] = {
     "gateways": 4,

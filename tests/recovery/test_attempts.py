@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedray.aggregation import GroupResult
-from fedray.budget import EpsilonCurve
-from fedray.config import RunConfig
-from fedray.plan import UserParts, prepare
+from fedray.algorithms.aggregation import GroupResult
+from fedray.orchestrator.budget import EpsilonCurve
+from fedray.config.settings import RunConfig
+from fedray.orchestrator.plan import UserParts, prepare
 from fedray.pool.inline_pool import InlinePool
 from fedray.privacy import mechanism
 from fedray.privacy.ledger import Ledger, ranges_of, read
 from fedray.privacy.noise import LocalNoise
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from tests.recovery.jobs import SMALL, DiskWatch, assert_true, in_child, lines, outcome, resume, train
 
 KEY = bytes(32)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fedray
-from fedray.aggregation import GroupResult, gather, matrix_sum, weighted_sum
+from fedray.algorithms.aggregation import GroupResult, gather, matrix_sum, weighted_sum
 from fedray.errors import RunFailedError
-from fedray.models import build
-from fedray.params import Layout
+from fedray.models.reference import build
+from fedray.models.layout import Layout
 from fedray.pool.inline_pool import InlinePool
 from tests.recovery.jobs import SMALL, lines, train
 

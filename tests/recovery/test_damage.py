@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedray.errors import DamagedRunError, InputError
-from fedray.evidence import checkpoint_texts, checkpoints
+from fedray.rundir.evidence import checkpoint_texts, checkpoints
 from tests.recovery.jobs import DiskWatch, assert_true, in_child, lines, outcome, resume, round_keys, train
 from tests.recovery.test_attempts import cut_off_after_charge
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedray import checkpoint
-from fedray.checkpoint import RunDirectory
-from fedray.cli import main
+from fedray.rundir import checkpoint
+from fedray.rundir.checkpoint import RunDirectory
+from fedray.commands.cli import main
 from fedray.privacy import ledger
 from tests.recovery.jobs import SMALL, assert_true, in_child, lines, outcome, resume, train
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedray.config import RunConfig
-from fedray.orchestrator import inputs_digest
-from fedray.plan import UserParts, prepare
+from fedray.config.settings import RunConfig
+from fedray.orchestrator.rounds import inputs_digest
+from fedray.orchestrator.plan import UserParts, prepare
 from fedray.pool.hardware import hardware_of
 from fedray.pool.inline_pool import InlinePool
 from fedray.pool.pool import PoolInfo

@@ -9,7 +9,7 @@ import pytest
 
 from fedray.errors import InputError
 from fedray.pool.inline_pool import InlinePool
-from fedray.tracking import NoTracker, TensorBoardTracker, new_tracker
+from fedray.reports.tracking import NoTracker, TensorBoardTracker, new_tracker
 from tests.recovery.jobs import lines, resume, train
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import fedray
-from fedray.cli import main
+from fedray.commands.cli import main
 from fedray.errors import InputError
-from fedray.evidence import checkpoints
-from fedray.report import format_epsilon
-from fedray.session import Session
+from fedray.rundir.evidence import checkpoints
+from fedray.rundir.cards import format_epsilon
+from fedray.orchestrator.session import Session
 from tests.recovery.jobs import assert_true, entries, in_child, lines, outcome, resume, round_keys, train
 from tests.recovery.test_attempts import cut_off_after_charge
 
@@ -47,14 +47,14 @@ def own(
 
 def stop_own(run: Path, **settings: Any) -> None:
     """Be killed when the first round is saved."""
-    save = fedray.checkpoint.RunDirectory.save
+    save = fedray.rundir.checkpoint.RunDirectory.save
 
     def last(self: Any, state: Any, ledger: Any) -> None:
         save(self, state, ledger)
         if state.round == 1:
             os.kill(os.getpid(), 9)
 
-    fedray.checkpoint.RunDirectory.save = last  # type: ignore[method-assign]
+    fedray.rundir.checkpoint.RunDirectory.save = last  # type: ignore[method-assign]
     own(out=run, **settings)
 
 
@@ -159,7 +159,7 @@ def test_resume_takes_the_same_parts(stopped: Path, disk: Path) -> None:
 def test_identity_holds_no_plain_digest_of_shards(stopped: Path) -> None:
     """A plain hash would let outsiders test guesses; equal shards under other keys have other MACs."""
     identity = json.loads((stopped / "checkpoint" / "identity.json").read_text().splitlines()[0])
-    from fedray.streams import mac
+    from fedray.privacy.streams import mac
 
     assert {"model", "test data", "shard 0", "shard 1", "shard 2"} <= set(identity)
     key = bytes.fromhex((stopped / "checkpoint" / "setup.key").read_text())

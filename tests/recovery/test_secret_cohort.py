@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fedray
-from fedray.cli import main
+from fedray.commands.cli import main
 from fedray.privacy.accounting import gaussian_epsilon
 from tests.privacy.contour import five_event_delta
 from tests.recovery.jobs import SMALL, assert_true, entries, in_child, lines, outcome, round_keys, train
@@ -114,7 +114,7 @@ def test_output_does_not_tell_the_cohort(disk: Path, capsys: pytest.CaptureFixtu
 def test_drops_of_a_secret_cohort_are_not_named(
     disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fedray.aggregation import GroupResult
+    from fedray.algorithms.aggregation import GroupResult
     from fedray.pool.inline_pool import InlinePool
     from tests.recovery.test_attempts import without_last
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedray.cli import main
+from fedray.commands.cli import main
 from fedray.pool.inline_pool import InlinePool
 from fedray.pool.ray_pool import RayPool
 from tests.recovery import faulty_parts

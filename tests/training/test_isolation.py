@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.privacy.spec import NoiseLevelName
 from fedray.training.engines import isolation_of, traced
 from fedray.training.program import Untraceable

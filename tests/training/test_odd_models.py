@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.params import Layout
-from fedray.streams import RoundKeys
+from fedray.models.layout import Layout
+from fedray.privacy.streams import RoundKeys
 from fedray.training import batching_rules, program_check
 from fedray.training.engines import traced
 from fedray.training.program import Program, Untraceable

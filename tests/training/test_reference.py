@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedray.errors import GatewayError
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.privacy.sampling import PoissonSampler
 from fedray.training.reference import OpacusTrainer
 from fedray.training.trainer import LocalTraining, Release

@@ -16,11 +16,11 @@ from torch import nn
 
 from fedray.data.shards import Shard
 from fedray.errors import GatewayError
-from fedray.models import cross_entropy
-from fedray.params import Layout
+from fedray.models.calls import cross_entropy
+from fedray.models.layout import Layout
 from fedray.privacy.clipping import usable
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
-from fedray.streams import RoundKeys
+from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import Engine, new_trainer
 from fedray.training.layers import Slot, StackedLinear, quick_norms
 from fedray.training.stacking import StackedModel, reason_against

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from fedray.errors import RunFailedError
-from fedray.params import Layout
+from fedray.models.layout import Layout
 
 _BLOCK = 16_384  # values
 _ROWS = 16  # on a GPU at a time

@@ -15,25 +15,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray import manifest, report
-from fedray.aggregation import FedAvg, GroupResult, gather
-from fedray.budget import EpsilonCurve
-from fedray.config import RunConfig
+from fedray.rundir import manifest
+from fedray.rundir import cards
+from fedray.algorithms.aggregation import FedAvg, GroupResult, gather
+from fedray.orchestrator.budget import EpsilonCurve
+from fedray.config.settings import RunConfig
 from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, RunInterruptedError
-from fedray.evaluation import Evaluation
-from fedray.models import Loss
-from fedray.plan import Plan, UserParts
+from fedray.tasks.evaluation import Evaluation
+from fedray.models.calls import Loss
+from fedray.orchestrator.plan import Plan, UserParts
 from fedray.pool.hardware import hardware_of
 from fedray.pool.pool import Pool, PoolInfo
 from fedray.privacy import accounting, mechanism
 from fedray.privacy.ledger import Ranges, ranges_of
 from fedray.privacy.levels import level_of
-from fedray.progress import Progress, Silent
-from fedray.publisher import Clock, Outcome, Publisher
-from fedray.session import Session, planned
-from fedray.streams import RoundKeys, mac
-from fedray.summary import closing_sentences, panel_rows
-from fedray.tracking import check_available, new_tracker
+from fedray.reports.progress import Progress, Silent
+from fedray.orchestrator.publisher import Clock, Outcome, Publisher
+from fedray.orchestrator.session import Session, planned
+from fedray.privacy.streams import RoundKeys, mac
+from fedray.orchestrator.panel import closing_sentences, panel_rows
+from fedray.reports.tracking import check_available, new_tracker
 
 Float32Array = npt.NDArray[np.float32]
 log = logging.getLogger("fedray")
@@ -244,7 +245,7 @@ class Orchestrator:
         files.write_model(plan.model.state_dict())
         charges = session.ledger.charges()
         found = accounting.guarantees(plan.spec, charges)
-        card = report.privacy_card(
+        card = cards.privacy_card(
             plan.config,
             plan.spec,
             charges,
@@ -256,7 +257,7 @@ class Orchestrator:
             incomplete=session.ledger.incomplete_rounds,
             device=session.device,
             digests={
-                name: report.digest((files.path / name).read_bytes())
+                name: cards.digest((files.path / name).read_bytes())
                 for name in ("config.json", "ledger.jsonl", "metrics.jsonl", "model.safetensors")
             },
         )
@@ -296,7 +297,7 @@ def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ra
         "gateways": gateways,
         # Another build, processor or cut into sub-groups may round differently, and the same noise must not meet
         # another value.
-        "versions": report.versions(),
+        "versions": cards.versions(),
         "hardware": info.hardware,
         "orchestrator": hardware_of(_own_device(info)),
     }

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Mapping
 from typing import Any
 
-from fedray import html_elements as html
+from fedray.reports import elements as html
 
 _SHARED = ("noise_multiplier", "clip_norm", "sample_rate", "batch_size")
 _NAMES = {

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fedray.errors import BudgetExhaustedError
-from fedray.plan import Plan
+from fedray.orchestrator.plan import Plan
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.ledger import Ledger

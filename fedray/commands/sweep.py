@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedray import pictures
-from fedray.config import RunConfig
+from fedray.reports import pictures
+from fedray.config.settings import RunConfig
 from fedray.errors import InputError
-from fedray.orchestrator import Orchestrator
+from fedray.orchestrator.rounds import Orchestrator
 from fedray.privacy.spec import NoiseLevelName
 
 NOTE = (

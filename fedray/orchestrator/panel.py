@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedray import report
-from fedray.plan import Plan
+from fedray.rundir import cards
+from fedray.orchestrator.plan import Plan
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Guarantee
 
@@ -34,8 +34,8 @@ def privacy_rows(plan: Plan, planned: Sequence[Guarantee]) -> list[tuple[str, st
         ("privacy", f"{spec.noise_level} level, sigma = {spec.noise_multiplier:.4g}, C = {spec.clip_norm:g}, "
          f"delta = {spec.delta:g}"),
         *(
-            ("planned", f"epsilon {report.format_epsilon(g.epsilon)} per {g.unit} ({g.adjacency}), "
-             + ("" if g.mu is None else f"mu {report.format_epsilon(g.mu)}, ") + f"against {g.observer}")
+            ("planned", f"epsilon {cards.format_epsilon(g.epsilon)} per {g.unit} ({g.adjacency}), "
+             + ("" if g.mu is None else f"mu {cards.format_epsilon(g.mu)}, ") + f"against {g.observer}")
             for g in planned
         ),
     ]  # fmt: skip
@@ -48,7 +48,7 @@ def closing_sentences(
     lines = [] if stopped is None else [stopped]
     if history and history[-1]["accuracy"] is not None:
         lines.append(f"accuracy {history[-1]['accuracy']:.4f} on held-out data after {len(history)} rounds.")
-    lines += [report.sentence(guarantee) for guarantee in found] or ["no privacy: --noise-level none promises nothing."]
+    lines += [cards.sentence(guarantee) for guarantee in found] or ["no privacy: --noise-level none promises nothing."]
     if plan.config.seed is not None and found:
         lines.append("simulation only: with --seed the noise can be predicted by whoever knows the seed.")
     if history:

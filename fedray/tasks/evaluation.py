@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from fedray.data.inputs import Inputs, on, taken
-from fedray.models import Loss, call_model
-from fedray.params import Layout
+from fedray.models.calls import Loss, call_model
+from fedray.models.layout import Layout
 
 _MOST_TOGETHER = 4096  # records in one forward pass
 _LARGEST_OUTPUT_BYTES = 64 * 2**20  # of one forward pass: a language model scores its vocabulary at every token

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from fedray.config import RunConfig, flag, misfit
+from fedray.config.settings import RunConfig, flag, misfit
 from fedray.errors import FedrayError, InputError, UserCodeError
 from fedray.pool import connection
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
         config = parse(arguments)
         if argv is None and config.pool == "ray":  # the process' own command line: its start is what a user waits for
-            threading.Thread(target=importlib.import_module, args=("fedray.orchestrator",), daemon=True).start()
+            threading.Thread(target=importlib.import_module, args=("fedray.orchestrator.rounds",), daemon=True).start()
             connection.connect_early(config.ray_address)
         return _run(config, explicit_fields(arguments))
     except FedrayError as error:
@@ -119,9 +119,9 @@ def explicit_fields(arguments: Sequence[str]) -> set[str]:
 
 def _run(config: RunConfig, explicit: set[str]) -> int:
     # torch takes a second to import: --help and bad flags answer without it.
-    from fedray.dry_run import dry_run
-    from fedray.orchestrator import Orchestrator
-    from fedray.progress import Terminal
+    from fedray.commands.dry_run import dry_run
+    from fedray.orchestrator.rounds import Orchestrator
+    from fedray.reports.progress import Terminal
 
     terminal = Terminal(config.quiet)
     try:

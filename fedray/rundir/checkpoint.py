@@ -32,7 +32,7 @@ from safetensors.torch import save as save_tensors
 from fedray.errors import DamagedRunError, InputError, RunFailedError
 from fedray.privacy.ledger import Ledger, drop_torn_line
 from fedray.privacy.ledger import read as read_ledger
-from fedray.streams import commitment
+from fedray.privacy.streams import commitment
 
 _UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it should the newest be damaged

@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from fedray.constants import constant
+from fedray.privacy.constants import constant
 
 KEY_BYTES = 32
 _INCARNATION_BYTES = 16  # two openings in 2^64 share one

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedray import manifest, report
-from fedray.checkpoint import Checkpoint, Restored, RunDirectory
-from fedray.config import RunConfig, flag
+from fedray.rundir import manifest
+from fedray.rundir import cards
+from fedray.rundir.checkpoint import Checkpoint, Restored, RunDirectory
+from fedray.config.settings import RunConfig, flag
 from fedray.errors import InputError
-from fedray.plan import Plan, UserParts, prepare
+from fedray.orchestrator.plan import Plan, UserParts, prepare
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
-from fedray.streams import RoundKeys, commitment, extension_root, first_round_key, new_incarnation, next_round_key
+from fedray.privacy.streams import RoundKeys, commitment, extension_root, first_round_key, new_incarnation, next_round_key
 
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
 _FREE = frozenset(
@@ -220,7 +221,7 @@ class Session:
             RunFailedError: The disk refuses.
         """
         config = plan.config
-        card = report.config_card(config.resolve(resume=None), plan.spec, info.summary)
+        card = cards.config_card(config.resolve(resume=None), plan.spec, info.summary)
         if reopened is None:
             params, key = plan.layout.flatten(plan.model), plan.first_round_key
             start = Checkpoint(

@@ -12,28 +12,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedray import models
-from fedray.config import RunConfig
+from fedray.models import calls, checks, reference
+from fedray.config.settings import RunConfig
 from fedray.data import inputs, source
 from fedray.data.shards import RecordRules, Shard, as_arrays
 from fedray.data.source import Federation
 from fedray.data.toy import ToyShards
 from fedray.errors import InputError
-from fedray.params import Layout
+from fedray.models.layout import Layout
 from fedray.pool.pool import Patience, Pool
 from fedray.pool.worker import WorkerSetup, shard_mac
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
-from fedray.report import delta_warnings
-from fedray.streams import first_round_key, forked_global_rng, mac, new_root_key, setup_key, torch_seed
+from fedray.rundir.cards import delta_warnings
+from fedray.privacy.streams import first_round_key, forked_global_rng, mac, new_root_key, setup_key, torch_seed
 from fedray.training.engines import Engine, Isolation, isolation_of, traced
 from fedray.training.held_state import held_arrays
 from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
-from fedray.user_code import code_digest
+from fedray.config.user_code import code_digest
 
 _HIGH_EPSILON = 20.0
 _HIGH_NOISE_TO_SIGNAL = 10.0
@@ -197,7 +197,7 @@ class UserParts:
     shards: Any = None
     test: Any = None
     model: Callable[[], Any] | None = None
-    loss: models.Loss | None = None
+    loss: calls.Loss | None = None
 
 
 def prepare(
@@ -246,7 +246,7 @@ def prepare(
         noise_multiplier,
     )
     training = LocalTraining(
-        privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or models.cross_entropy
+        privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or calls.cross_entropy
     )
     engine, program = _engine(config, model, training, federation)
     setup = WorkerSetup(
@@ -283,12 +283,12 @@ def _model(
     record_shape = tuple(sample.x.shape[1:]) if isinstance(sample.x, torch.Tensor) else None
     with forked_global_rng(torch_seed(key, "model")):
         if parts.model is not None:
-            model = models.from_function(parts.model, getattr(parts.model, "__name__", "model"))
+            model = reference.from_function(parts.model, getattr(parts.model, "__name__", "model"))
         else:
-            model = models.build(config.model, record_shape, federation.num_classes)
+            model = reference.build(config.model, record_shape, federation.num_classes)
         if config.fix_model:
-            model = models.fix(model)
-        num_outputs = models.check(model, sample.x, sample.y, parts.loss)
+            model = checks.fix(model)
+        num_outputs = checks.check(model, sample.x, sample.y, parts.loss)
     rules = RecordRules.of(federation.example[0], num_outputs)
     if not federation.lazy and (parts.shards is not None or config.dataset != "toy"):
         for index in range(len(federation.shards)):

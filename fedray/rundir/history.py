@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedray.evidence import RunSettings, UntrueError, checkpoint_texts, checkpoints, lines_of, parsed
+from fedray.rundir.evidence import RunSettings, UntrueError, checkpoint_texts, checkpoints, lines_of, parsed
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import GENESIS
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fedray import manifest
-from fedray.config import RunConfig
+from fedray.rundir import manifest
+from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 from fedray.privacy.spec import PrivacySpec
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedray import evidence, manifest, report
-from fedray.evidence import RunSettings, UntrueError
-from fedray.history import History, read_ledger
+from fedray.rundir import evidence
+from fedray.rundir import manifest
+from fedray.rundir import cards
+from fedray.rundir.evidence import RunSettings, UntrueError
+from fedray.rundir.history import History, read_ledger
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.levels import level_of
@@ -146,7 +148,7 @@ def _digest_of(file: Path) -> str | None:
 def _check_budget(verdict: Verdict, settings: RunSettings) -> None:
     budget = settings.values.get("max_epsilon")
     if budget is not None and verdict.guarantees and verdict.guarantees[0].epsilon > budget * (1 + EXACT):
-        epsilon = report.format_epsilon(verdict.guarantees[0].epsilon)
+        epsilon = cards.format_epsilon(verdict.guarantees[0].epsilon)
         verdict.add("ledger.jsonl", False, f"charges epsilon {epsilon}, past --max-epsilon {budget:g}.")
 
 
@@ -222,8 +224,8 @@ def _check_card(verdict: Verdict, path: Path, settings: RunSettings, history: Hi
     if not isinstance(card.get("rng"), dict) or card["rng"].get("simulation_only") is not seeded:
         verdict.add("privacy.json", False, f"rng.simulation_only must be {seeded}: config.json says so by its seed.")
     listed = set(map(str, card.get("not_covered") or ()))
-    missing = set(report.not_covered(spec, disjoint=True, extended=history.extended)) - listed
-    if missing and card.get("versions") == report.versions():  # other versions may word it otherwise
+    missing = set(cards.not_covered(spec, disjoint=True, extended=history.extended)) - listed
+    if missing and card.get("versions") == cards.versions():  # other versions may word it otherwise
         verdict.add("privacy.json", False, f"not_covered leaves out: {sorted(missing)[0]}.")
     _check_guarantees(verdict, card.get("guarantees"))
 
@@ -245,6 +247,6 @@ def _check_guarantees(verdict: Verdict, claimed: Any) -> None:
         elif not _close(epsilon, mine.epsilon):
             verdict.add("privacy.json", False, f"{name}: epsilon is {epsilon}; the ledger says {mine.epsilon:.6g}.")
         else:
-            verdict.add("privacy.json", True, f"true: epsilon {report.format_epsilon(mine.epsilon)} per {name}.")
+            verdict.add("privacy.json", True, f"true: epsilon {cards.format_epsilon(mine.epsilon)} per {name}.")
     if not claimed:
         verdict.add("privacy.json", True, "true: it promises nothing (--noise-level none).")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.levels import Unit, level_of
 from fedray.privacy.spec import PrivacySpec

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from fedray.data.inputs import Inputs, leaves, rebuilt, taken
 from fedray.data.inputs import joined as joined_inputs
 from fedray.errors import InputError
-from fedray.params import Layout
-from fedray.user_code import call, find_function, is_reference
+from fedray.models.layout import Layout
+from fedray.config.user_code import call, find_function, is_reference
 
 MAX_CLASSES = 100_000  # a larger label is a mistake (an id, a pixel value), not a class
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

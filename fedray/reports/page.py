@@ -9,13 +9,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedray import evidence, html_audit, report
-from fedray import html_elements as html
-from fedray.charts import Curve, svg
-from fedray.config import RunConfig
+from fedray.rundir import evidence
+from fedray.reports import audit_page
+from fedray.rundir import cards
+from fedray.reports import elements as html
+from fedray.reports.charts import Curve, svg
+from fedray.config.settings import RunConfig
 from fedray.errors import DamagedRunError
-from fedray.evidence import UntrueError
-from fedray.verification import Verdict, examine
+from fedray.rundir.evidence import UntrueError
+from fedray.rundir.verification import Verdict, examine
 
 _TABLE_ROWS = 300
 _UNITS = {
@@ -68,15 +70,15 @@ def render(path: Path) -> str:
             _summary(run),
             html.section("Privacy", _privacy(run)),
             html.section("Curves", _curves(run)),
-            html.section("Audit", "" if run.audit is None else html_audit.content(run.audit, run.privacy)),
+            html.section("Audit", "" if run.audit is None else audit_page.content(run.audit, run.privacy)),
             html.section("Verification", _verification(run)),
             html.section("Where and how long", _placement(run), _phases(run)),
             html.section("Settings", _settings(run)),
             "</main>",
-            f"<footer>Written by fedray {html.text(report.versions()['fedray'])} from the files of the run directory.</footer>",
+            f"<footer>Written by fedray {html.text(cards.versions()['fedray'])} from the files of the run directory.</footer>",
         ]
     )
-    style = (Path(__file__).parent / "report.css").read_text()
+    style = (Path(__file__).parent / "page.css").read_text()
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -134,7 +136,7 @@ def _summary(run: _RunFiles) -> str:
         tiles.append(html.tile(f"{run.records[-1]['accuracy']:.4f}", "accuracy on held-out data"))
     for guarantee in run.verdict.guarantees[:1]:
         unit = f"epsilon per {guarantee.unit} ({guarantee.adjacency}), delta {guarantee.delta:g}"
-        tiles.append(html.tile(report.format_epsilon(guarantee.epsilon), unit))
+        tiles.append(html.tile(cards.format_epsilon(guarantee.epsilon), unit))
     tiles.append(html.tile(f"{len(run.records)} of {run.config.get('rounds')}", "rounds done"))
     if run.records:
         tiles.append(
@@ -160,7 +162,7 @@ def _banner(run: _RunFiles) -> str:
     if run.verdict.guarantees:  # so config.json can be trusted to hold numbers
         units = [guarantee.unit for guarantee in run.verdict.guarantees]
         delta, records, gateways = run.config["delta"], run.card["nominal_records"], run.config["gateways"]
-        for sentence in report.delta_warnings(units, delta, records, gateways):
+        for sentence in cards.delta_warnings(units, delta, records, gateways):
             found += html.note("Large delta.", sentence, "warn")
     return found
 
@@ -174,13 +176,13 @@ def _privacy(run: _RunFiles) -> str:
         return html.note("Unknown.", "Config or ledger cannot be read, so nothing can be said about privacy.", "bad")
     cards = [
         html.card(
-            f"epsilon {report.format_epsilon(guarantee.epsilon)} per {guarantee.unit}",
-            html.paragraph(report.sentence(guarantee)),
+            f"epsilon {cards.format_epsilon(guarantee.epsilon)} per {guarantee.unit}",
+            html.paragraph(cards.sentence(guarantee)),
             html.pairs(
                 {
                     "who is protected": _UNITS[guarantee.unit],
                     "neighbours": guarantee.adjacency,
-                    **({} if guarantee.mu is None else {"whole curve": f"mu = {report.format_epsilon(guarantee.mu)}"}),
+                    **({} if guarantee.mu is None else {"whole curve": f"mu = {cards.format_epsilon(guarantee.mu)}"}),
                     "against whom": guarantee.observer,
                     "how": guarantee.mechanism,
                     "counted by": guarantee.accountant,

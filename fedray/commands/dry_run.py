@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedray.config import RunConfig
+from fedray.config.settings import RunConfig
 from fedray.errors import InputError
-from fedray.plan import Plan, UserParts
+from fedray.orchestrator.plan import Plan, UserParts
 from fedray.pool.pool import Inspection
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
-from fedray.progress import Terminal
-from fedray.session import Reopened, new_run_path, planned
-from fedray.summary import privacy_rows
-from fedray.user_code import is_reference
+from fedray.reports.progress import Terminal
+from fedray.orchestrator.session import Reopened, new_run_path, planned
+from fedray.orchestrator.panel import privacy_rows
+from fedray.config.user_code import is_reference
 
 
 def dry_run(config: RunConfig, explicit: Collection[str]) -> None:

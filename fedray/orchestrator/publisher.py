@@ -7,15 +7,15 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from fedray.budget import EpsilonCurve
-from fedray.checkpoint import Checkpoint
+from fedray.orchestrator.budget import EpsilonCurve
+from fedray.rundir.checkpoint import Checkpoint
 from fedray.errors import UserCodeError
-from fedray.evaluation import Evaluation
-from fedray.plan import Plan
+from fedray.tasks.evaluation import Evaluation
+from fedray.orchestrator.plan import Plan
 from fedray.privacy.accounting import Charges
-from fedray.progress import Progress
-from fedray.session import Session
-from fedray.tracking import Tracker
+from fedray.reports.progress import Progress
+from fedray.orchestrator.session import Session
+from fedray.reports.tracking import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)

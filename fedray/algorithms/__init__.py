@@ -1,0 +1,1 @@
+"""What gateways and the orchestrator do with parameters."""

@@ -1,0 +1,1 @@
+"""Settings and the user's code that they name."""

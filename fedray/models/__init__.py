@@ -1,0 +1,1 @@
+"""Reference models, a user's own, their checks, and the layout of the flat vector."""
