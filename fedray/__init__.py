@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedray.config.settings import RunConfig
-    from fedray.errors import FedrayError
     from fedray.data.gateway import Gateway
+    from fedray.errors import FedrayError
     from fedray.models.loading import load_model
     from fedray.orchestrator.rounds import Orchestrator, Run
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedray.tasks.evaluation import Evaluation, Score
 from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
+from fedray.tasks.evaluation import Evaluation, Score
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Y = torch.randn(9000, 6, generator=RANDOM), torch.randint(3, (9000,), generator=RANDOM)

@@ -1,4 +1,4 @@
-"""Which module may import which: the direction of dependencies of design.md section 5."""
+"""Which part may import which, how many there are, and what an import may load."""
 
 from __future__ import annotations
 
@@ -13,48 +13,22 @@ import pytest
 import fedray
 
 ROOT = Path(fedray.__file__).parent
-LAYERS = (  # an import never points to an earlier line
-    ("__main__",),
-    ("commands",),
-    ("cli",),
-    ("frontier", "audit"),
-    ("dry_run",),
-    ("orchestrator", "loading"),
-    ("publisher",),
-    ("budget", "session", "summary"),
-    ("plan",),
-    ("html_report",),
-    ("html_audit", "charts"),
-    ("html_elements",),
-    ("verification",),
-    ("history",),
-    ("evidence",),
-    ("report", "progress", "checkpoint", "tracking"),
-    ("pool.ray_pool", "pool.inline_pool", "pool.ray_tasks"),
-    ("pool.machines",),
-    ("pool.pool", "pool.placement", "pool.connection"),
-    ("pool.worker",),
-    ("pool.hardware",),
-    ("training.engines",),
-    ("training.reference", "training.stacked", "training.tracing", "training.program_check"),
-    ("training.alone",),
-    ("training.held_state",),
-    ("training.record_gradients", "training.rewriting"),
-    ("training.stacking", "training.row_optimizers", "training.draws", "training.recurrence", "training.record_draws"),
-    ("training.chain", "training.batching", "training.parameter_uses"),
-    ("training.layers", "training.trainer", "training.gateway_rules"),
-    ("training.batching_rules", "training.record_parts"),
-    ("training.program",),
-    ("privacy",),
-    ("evaluation", "aggregation"),
-    ("data.source",),
-    ("data.shards", "data.digits", "data.toy", "data.partition"),
-    ("models", "gateway"),
-    ("user_code", "data.inputs"),
-    ("params", "config", "streams", "manifest", "pictures"),
-    ("errors", "constants"),
+PARTS = (  # a part knows those below it
+    "commands",
+    "audit",
+    "orchestrator",
+    "reports",
+    "rundir",
+    "pool",
+    "training",
+    "tasks",
+    "algorithms",
+    "models",
+    "data",
+    "config",
+    "privacy",
+    "errors",
 )
-PACKAGES = {"audit", "commands", "data", "pool", "privacy", "training"}  # whose own __init__ holds a docstring
 
 
 @functools.cache
@@ -82,22 +56,24 @@ def _own_imports(path: Path) -> set[str]:
     return {name for name in names if name in _modules()}
 
 
-def _layer(module: str) -> int | None:
-    for index, layer in enumerate(LAYERS):
-        if any(module == name or module.startswith(f"{name}.") for name in layer):
-            return index
-    return None
+def _part(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def test_imports_never_point_up() -> None:
+def test_the_ground_floor_has_at_most_fourteen_names() -> None:
+    names = {path.stem for path in ROOT.iterdir() if not path.name.startswith(("_", ".", "py.typed"))}
+    assert names == set(PARTS)
+    assert len(names) <= 14
+
+
+def test_imports_of_other_parts_point_down() -> None:
     for module, path in _modules().items():
-        here = _layer(module)
-        if here is None:
-            assert module in PACKAGES, f"fedray.{module} has no layer"
+        if module == "__main__":
             continue
         for imported in _own_imports(path):
-            there = _layer(imported)
-            assert there is None or there >= here, f"fedray.{module} imports fedray.{imported}, which lies above it"
+            if _part(imported) != _part(module):
+                below = PARTS[PARTS.index(_part(module)) + 1 :]
+                assert _part(imported) in below, f"fedray.{module} imports fedray.{imported}, whose part lies above"
 
 
 def test_imports_have_no_cycle() -> None:
@@ -122,13 +98,13 @@ def test_imports_privacy_knows_neither_gateways_nor_pools_nor_data() -> None:
     for module, path in _modules().items():
         if module.startswith("privacy"):
             foreign = {name for name in _own_imports(path) if not name.startswith("privacy")}
-            assert foreign <= {"streams", "errors", "params", "constants"}, f"fedray.{module} imports {foreign}"
+            assert foreign <= {"errors"}, f"fedray.{module} imports {foreign}"
 
 
 def test_imports_training_does_not_know_pools() -> None:
     for module, path in _modules().items():
         if module.startswith("training"):
-            assert not any(name.startswith(("pool", "orchestrator", "plan")) for name in _own_imports(path))
+            assert not any(name.startswith(("pool", "orchestrator")) for name in _own_imports(path))
 
 
 LIGHT = (
@@ -143,14 +119,14 @@ LIGHT = (
     ),
     *(
         "training.trainer",
-        "params",
-        "streams",
+        "models.layout",
+        "privacy.streams",
         "data.source",
-        "models",
+        "models.checks",
         "pool.worker",
         "pool.placement",
-        "report",
-        "plan",
+        "rundir.cards",
+        "orchestrator.plan",
     ),
 )
 

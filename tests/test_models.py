@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedray.models import calls, checks, reference
 from fedray.errors import InputError
+from fedray.models import calls, checks, reference
 from fedray.privacy.streams import forked_global_rng
 
 X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])

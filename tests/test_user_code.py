@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import tests.test_models
 from fedray.commands.cli import main
-from fedray.models.loading import load_model
 from fedray.config.user_code import code_digest, find_function, is_reference
+from fedray.models.loading import load_model
 
 NUMPY = """
 import numpy as np

@@ -32,8 +32,8 @@ import torch
 import workload
 
 from fedray.data.shards import RecordRules
-from fedray.orchestrator.rounds import gather
 from fedray.models.layout import Layout
+from fedray.orchestrator.rounds import gather
 from fedray.pool.pool import Patience
 from fedray.pool.ray_pool import RayPool
 from fedray.pool.worker import WorkerSetup

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fedray.rundir import cards
 from fedray.audit import (
     central,
     inversion,
@@ -31,6 +30,7 @@ from fedray.audit.releases import collect, coordinates
 from fedray.errors import InputError
 from fedray.orchestrator.plan import Plan
 from fedray.privacy.levels import Unit, level_of
+from fedray.rundir import cards
 
 NOTES = (
     "An attack can refute a claim, never prove it: consistent means that these attacks found nothing.",

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.reports import pictures
-from fedray.models import calls, reference
 from fedray.audit.lab import SameShard
 from fedray.data import digits
 from fedray.data.shards import Shard
+from fedray.models import calls, reference
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys, forked_global_rng
+from fedray.reports import pictures
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 

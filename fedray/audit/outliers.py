@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from fedray.reports import pictures
 from fedray.audit.bounds import area_under_curve
 from fedray.audit.lab import Lab
 from fedray.audit.scenes import Scene, record_scene, upload_scenes
 from fedray.errors import InputError
+from fedray.reports import pictures
 
 Float64Array = npt.NDArray[np.float64]
 TITLE = "Outliers before and after noise: AUC of detectors against sigma"

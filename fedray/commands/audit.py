@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedray.commands.cli import parse
 from fedray.commands.arguments import Arguments
+from fedray.commands.cli import parse
 from fedray.commands.output import new_output, write_output
 from fedray.config.settings import RunConfig
 from fedray.errors import InputError

@@ -9,15 +9,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedray.config.settings import RunConfig
+from fedray.config.user_code import is_reference
 from fedray.errors import InputError
+from fedray.orchestrator.panel import privacy_rows
 from fedray.orchestrator.plan import Plan, UserParts
+from fedray.orchestrator.session import Reopened, new_run_path, planned
 from fedray.pool.pool import Inspection
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.reports.progress import Terminal
-from fedray.orchestrator.session import Reopened, new_run_path, planned
-from fedray.orchestrator.panel import privacy_rows
-from fedray.config.user_code import is_reference
 
 
 def dry_run(config: RunConfig, explicit: Collection[str]) -> None:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from fedray.commands.cli import parse
 from fedray.commands.arguments import Arguments
+from fedray.commands.cli import parse
 from fedray.commands.output import new_output, write_output
 from fedray.config.settings import RunConfig
 from fedray.errors import InputError
@@ -51,9 +51,9 @@ def main(arguments: list[str]) -> int:
         raise InputError("--seeds is empty; it must be whole numbers, separated by commas.")
 
     from fedray.commands import sweep
+    from fedray.orchestrator.plan import UserParts, prepare
     from fedray.reports import pictures
     from fedray.rundir import cards  # torch takes seconds to import: --help answers without it
-    from fedray.orchestrator.plan import UserParts, prepare
 
     pictures.new_figure(1, 1)  # matplotlib is missed now rather than after all runs
     configs = sweep.configs_of(config, levels, noises, targets, seeds)

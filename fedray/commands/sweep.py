@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedray.reports import pictures
 from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 from fedray.orchestrator.rounds import Orchestrator
 from fedray.privacy.spec import NoiseLevelName
+from fedray.reports import pictures
 
 NOTE = (
     "Each epsilon is that of one run. Looking at several runs on private data and keeping the best costs budget too: tuning "

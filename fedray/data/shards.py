@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from fedray.data import inputs
+from fedray.data.gateway import Gateway
 from fedray.data.inputs import Array, InputArrays, Inputs, leaf_names, leaves, rebuilt
 from fedray.errors import GatewayError, InputError
-from fedray.data.gateway import Gateway
 
 
 class Shards(Protocol):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from fedray.config.settings import RunConfig
+from fedray.config.user_code import call, find_function, is_reference
 from fedray.data import digits, toy
+from fedray.data.gateway import Gateway
 from fedray.data.inputs import Array, InputArrays
 from fedray.data.partition import dirichlet_alpha, split
 from fedray.data.shards import CutShards, Shards, as_arrays, is_several, load_pair
 from fedray.errors import GatewayError, InputError
-from fedray.data.gateway import Gateway
 from fedray.privacy.streams import numpy_generator
-from fedray.config.user_code import call, find_function, is_reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedray.rundir import cards
 from fedray.orchestrator.plan import Plan
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Guarantee
+from fedray.rundir import cards
 
 
 def panel_rows(plan: Plan, info: PoolInfo, planned: Sequence[Guarantee]) -> list[tuple[str, str]]:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedray.models import calls, checks, reference
 from fedray.config.settings import RunConfig
+from fedray.config.user_code import code_digest
 from fedray.data import inputs, source
 from fedray.data.shards import RecordRules, Shard, as_arrays
 from fedray.data.source import Federation
 from fedray.data.toy import ToyShards
 from fedray.errors import InputError
+from fedray.models import calls, checks, reference
 from fedray.models.layout import Layout
 from fedray.pool.pool import Patience, Pool
 from fedray.pool.worker import WorkerSetup, shard_mac
@@ -26,14 +27,13 @@ from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
-from fedray.rundir.cards import delta_warnings
 from fedray.privacy.streams import first_round_key, forked_global_rng, mac, new_root_key, setup_key, torch_seed
+from fedray.rundir.cards import delta_warnings
 from fedray.training.engines import Engine, Isolation, isolation_of, traced
 from fedray.training.held_state import held_arrays
 from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import reason_against
 from fedray.training.trainer import LocalTraining
-from fedray.config.user_code import code_digest
 
 _HIGH_EPSILON = 20.0
 _HIGH_NOISE_TO_SIGNAL = 10.0

@@ -7,15 +7,15 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from fedray.orchestrator.budget import EpsilonCurve
-from fedray.rundir.checkpoint import Checkpoint
 from fedray.errors import UserCodeError
-from fedray.tasks.evaluation import Evaluation
+from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.session import Session
 from fedray.privacy.accounting import Charges
 from fedray.reports.progress import Progress
-from fedray.orchestrator.session import Session
 from fedray.reports.tracking import Tracker
+from fedray.rundir.checkpoint import Checkpoint
+from fedray.tasks.evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,26 +15,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.rundir import manifest
-from fedray.rundir import cards
 from fedray.algorithms.aggregation import FedAvg, GroupResult, gather
-from fedray.orchestrator.budget import EpsilonCurve
 from fedray.config.settings import RunConfig
 from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, RunInterruptedError
-from fedray.tasks.evaluation import Evaluation
 from fedray.models.calls import Loss
+from fedray.orchestrator.budget import EpsilonCurve
+from fedray.orchestrator.panel import closing_sentences, panel_rows
 from fedray.orchestrator.plan import Plan, UserParts
+from fedray.orchestrator.publisher import Clock, Outcome, Publisher
+from fedray.orchestrator.session import Session, planned
 from fedray.pool.hardware import hardware_of
 from fedray.pool.pool import Pool, PoolInfo
 from fedray.privacy import accounting, mechanism
 from fedray.privacy.ledger import Ranges, ranges_of
 from fedray.privacy.levels import level_of
-from fedray.reports.progress import Progress, Silent
-from fedray.orchestrator.publisher import Clock, Outcome, Publisher
-from fedray.orchestrator.session import Session, planned
 from fedray.privacy.streams import RoundKeys, mac
-from fedray.orchestrator.panel import closing_sentences, panel_rows
+from fedray.reports.progress import Progress, Silent
 from fedray.reports.tracking import check_available, new_tracker
+from fedray.rundir import cards, manifest
+from fedray.tasks.evaluation import Evaluation
 
 Float32Array = npt.NDArray[np.float32]
 log = logging.getLogger("fedray")

@@ -13,16 +13,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedray.rundir import manifest
-from fedray.rundir import cards
-from fedray.rundir.checkpoint import Checkpoint, Restored, RunDirectory
 from fedray.config.settings import RunConfig, flag
 from fedray.errors import InputError
 from fedray.orchestrator.plan import Plan, UserParts, prepare
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
-from fedray.privacy.streams import RoundKeys, commitment, extension_root, first_round_key, new_incarnation, next_round_key
+from fedray.privacy.streams import (
+    RoundKeys,
+    commitment,
+    extension_root,
+    first_round_key,
+    new_incarnation,
+    next_round_key,
+)
+from fedray.rundir import cards, manifest
+from fedray.rundir.checkpoint import Checkpoint, Restored, RunDirectory
 
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
 _FREE = frozenset(

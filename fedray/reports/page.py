@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedray.rundir import evidence
-from fedray.reports import audit_page
-from fedray.rundir import cards
-from fedray.reports import elements as html
-from fedray.reports.charts import Curve, svg
 from fedray.config.settings import RunConfig
 from fedray.errors import DamagedRunError
+from fedray.reports import audit_page
+from fedray.reports import elements as html
+from fedray.reports.charts import Curve, svg
+from fedray.rundir import cards, evidence
 from fedray.rundir.evidence import UntrueError
 from fedray.rundir.verification import Verdict, examine
 

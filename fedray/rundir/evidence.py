@@ -14,10 +14,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fedray.rundir import manifest
 from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 from fedray.privacy.spec import PrivacySpec
+from fedray.rundir import manifest
 
 _LEFT_OUT = (
     "target_epsilon",

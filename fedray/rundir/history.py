@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fedray.rundir.evidence import RunSettings, UntrueError, checkpoint_texts, checkpoints, lines_of, parsed
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import GENESIS
+from fedray.rundir.evidence import RunSettings, UntrueError, checkpoint_texts, checkpoints, lines_of, parsed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedray.rundir import evidence
-from fedray.rundir import manifest
-from fedray.rundir import cards
-from fedray.rundir.evidence import RunSettings, UntrueError
-from fedray.rundir.history import History, read_ledger
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.levels import level_of
+from fedray.rundir import cards, evidence, manifest
+from fedray.rundir.evidence import RunSettings, UntrueError
+from fedray.rundir.history import History, read_ledger
 
 EXACT = 1e-6  # relative; what two evaluations of one accountant may differ by
 _Part = TypeVar("_Part")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedray.models.calls import Loss
 from fedray.config.user_code import is_library
+from fedray.models.calls import Loss
 
 _DEEPEST = 6  # containers in containers
 _LONGEST = 10_000  # entries of a container that are looked at

@@ -13,13 +13,13 @@ import pytest
 from torch import nn
 
 import fedray.audit.lab
-from fedray.reports import audit_page
 from fedray.audit.audit import Audit
 from fedray.audit.bounds import ALPHA
 from fedray.audit.lab import Lab
 from fedray.commands.cli import main
 from fedray.errors import InputError
 from fedray.orchestrator.plan import UserParts
+from fedray.reports import audit_page
 from tests.audit.coupled import Gated
 from tests.audit.mutants import scaled_noise
 from tests.audit.worlds import LEVELS, QUICK, Tokens, audit_of, flagged, plan_of, token_shards

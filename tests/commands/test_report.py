@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from fedray.commands.cli import main
 from fedray.reports import elements as html
 from fedray.reports.charts import Curve, nice_ticks, round_ticks, svg
-from fedray.commands.cli import main
 from fedray.rundir.cards import format_epsilon
 from tests.commands import browser
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from fedray.rundir import manifest
 from fedray.commands.cli import main
 from fedray.privacy import accounting
 from fedray.privacy.ledger import Ledger
+from fedray.rundir import manifest
 from tests.commands.conftest import KINDS
 
 Output = pytest.CaptureFixture[str]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedray.data.gateway import Gateway
 from fedray.data.shards import CutShards, RecordRules, Shard, ShardCache, as_arrays, joined
 from fedray.errors import InputError
-from fedray.data.gateway import Gateway
 
 RULES = RecordRules.of(np.zeros((1, 2), np.float32), 2)
 

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from fedray.orchestrator.rounds import rounds
-from fedray.privacy import streams
-from fedray.privacy import accounting, clipping, levels, mechanism, noise
+from fedray.orchestrator.session import Session
+from fedray.privacy import accounting, clipping, levels, mechanism, noise, streams
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
-from fedray.orchestrator.session import Session
 from fedray.privacy.streams import RoundKeys
 from fedray.training import alone, layers, program_check, record_parts
 from fedray.training.stacked import StackedTrainer
@@ -456,7 +455,7 @@ def uploaded_buffer(patch: Patch, engine: str) -> None:
             update[-1] = self._shards[gateway].x.mean()
         return result
 
-    patch.setattr(models, "_refuse_changed_buffers", lambda model, before: None)
+    patch.setattr(checks, "_refuse_changed_buffers", lambda model, before: None)
     patch.setattr(Worker, "train", mutated)
 
 

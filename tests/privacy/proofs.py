@@ -19,18 +19,18 @@ import numpy.typing as npt
 import torch
 
 from fedray import Orchestrator, RunConfig
-from fedray.models import checks
-from fedray.rundir.checkpoint import RunDirectory
 from fedray.data.shards import Shard
 from fedray.errors import GatewayError, InputError, RunInterruptedError
-from fedray.orchestrator.rounds import gather
+from fedray.models.checks import check as check_model
 from fedray.models.layout import Layout
+from fedray.orchestrator.rounds import gather
 from fedray.privacy import mechanism, noise
 from fedray.privacy.ledger import ranges_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.reports.progress import Silent
+from fedray.rundir.checkpoint import RunDirectory
 from tests.privacy import checks
 from tests.privacy.worlds import (
     NUM_FEATURES,
@@ -377,7 +377,7 @@ def changing_buffers_are_refused() -> None:
     shard = random_shard(8)
     model = torch.nn.Sequential(RunningMean(), model_of("mlp"))
     try:
-        checks.check(model, shard.x, shard.y, product_loss)
+        check_model(model, shard.x, shard.y, product_loss)
     except InputError as error:
         refusal = str(error)
     else:

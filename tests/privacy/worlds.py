@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fedray import Orchestrator, RunConfig
-from fedray.models import calls
 from fedray.data.shards import RecordRules, Shard
+from fedray.models import calls
 from fedray.models.layout import Layout
 from fedray.pool import worker
 from fedray.privacy.spec import PrivacySpec
-from fedray.reports.progress import Silent
 from fedray.privacy.streams import RoundKeys, first_round_key, new_root_key, next_round_key
+from fedray.reports.progress import Silent
 from fedray.training import engines
 from fedray.training.trainer import LocalTraining, Release
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedray.algorithms.aggregation import GroupResult
-from fedray.orchestrator.budget import EpsilonCurve
 from fedray.config.settings import RunConfig
+from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.plan import UserParts, prepare
 from fedray.pool.inline_pool import InlinePool
 from fedray.privacy import mechanism

@@ -13,8 +13,8 @@ import torch
 import fedray
 from fedray.algorithms.aggregation import GroupResult, gather, matrix_sum, weighted_sum
 from fedray.errors import RunFailedError
-from fedray.models.reference import build
 from fedray.models.layout import Layout
+from fedray.models.reference import build
 from fedray.pool.inline_pool import InlinePool
 from tests.recovery.jobs import SMALL, lines, train
 

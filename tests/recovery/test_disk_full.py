@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedray.rundir import checkpoint
-from fedray.rundir.checkpoint import RunDirectory
 from fedray.commands.cli import main
 from fedray.privacy import ledger
+from fedray.rundir import checkpoint
+from fedray.rundir.checkpoint import RunDirectory
 from tests.recovery.jobs import SMALL, assert_true, in_child, lines, outcome, resume, train
 
 

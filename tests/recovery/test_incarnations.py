@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from fedray.errors import RunInterruptedError
-from fedray.reports.progress import Silent
 from fedray.orchestrator.session import Session
+from fedray.reports.progress import Silent
 from tests.privacy.checks import ALPHA
 from tests.privacy.worlds import data_free_run
 

@@ -18,9 +18,9 @@ from torch import nn
 import fedray
 from fedray.commands.cli import main
 from fedray.errors import InputError
-from fedray.rundir.evidence import checkpoints
-from fedray.rundir.cards import format_epsilon
 from fedray.orchestrator.session import Session
+from fedray.rundir.cards import format_epsilon
+from fedray.rundir.evidence import checkpoints
 from tests.recovery.jobs import assert_true, entries, in_child, lines, outcome, resume, round_keys, train
 from tests.recovery.test_attempts import cut_off_after_charge
 

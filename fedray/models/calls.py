@@ -1,0 +1,35 @@
+"""How a model and a loss are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fedray.data.inputs import Inputs
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def call_model(model: nn.Module, x: Inputs, state: dict[str, torch.Tensor] | None = None) -> Any:
+    """Run a model on x: a tensor, a tuple of arguments or a dict of named ones; an output with `.logits` gives these.
+
+    Args:
+        model: Called as `model(x)`, `model(*x)` or `model(**x)`.
+        x: See above.
+        state: Parameters and buffers by name, in place of the model's own; None for its own.
+    """
+    arguments = (x,) if isinstance(x, torch.Tensor) else () if isinstance(x, dict) else x
+    named = x if isinstance(x, dict) else {}
+    output = model(*arguments, **named) if state is None else functional_call(model, state, arguments, named)
+    if not isinstance(output, torch.Tensor) and isinstance(getattr(output, "logits", None), torch.Tensor):
+        return output.logits
+    return output
+
+
+def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each record, `[n]`, from scores `[n, K]` and class indices `[n]`."""
+    return nn.functional.cross_entropy(output, target, reduction="none")
