@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from fedray.training.batching_rules import RULES, Call, max_pool2d_backward, written
 from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, each_embedding, each_input_gradient
 from fedray.training.program import Instruction, Program, operator, replaced, values_in
+from fedray.training.rules.call import Call, written
+from fedray.training.rules.images import max_pool2d_backward
+from fedray.training.rules.table import RULES
 
 Run = Callable[..., tuple[Any, ...]]
 Params = Literal["shared", "gateways", "records"]

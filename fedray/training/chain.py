@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fedray.training.layers import StackedLayer, Unsupported
+from fedray.training.layers.layer import StackedLayer, Unsupported
 
 
 class Part(Protocol):

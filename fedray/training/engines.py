@@ -44,11 +44,8 @@ def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> 
     if isolation == "sequence" and loss is cross_entropy:
         return None
     from fedray.training.program_check import check_program
-    from fedray.training.tracing import (  # torch.fx takes a second to import: actors do without
-        Example,
-        trace,
-        trace_loss,
-    )
+    from fedray.training.traced_code import Example
+    from fedray.training.tracing import trace, trace_loss
 
     x, y = on(taken(shard.x, slice(1)), torch.device("cpu")), shard.y[:1].cpu()
     if isolation == "sequence":

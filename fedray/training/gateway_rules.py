@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from fedray.training.batching_rules import Call, convolution_gradients, same_for_rows, written
 from fedray.training.program import Instruction, Spec, Value
+from fedray.training.rules.call import Call, written
+from fedray.training.rules.images import convolution_gradients
+from fedray.training.rules.matrices import same_for_rows
 
 
 class MixedCall(Call):

@@ -17,7 +17,8 @@ from fedray.privacy.streams import RoundKeys
 from fedray.training.batching import Batched
 from fedray.training.chain import cross_entropy_gradient
 from fedray.training.draws import Batch
-from fedray.training.layers import StackedLayer, quick_norms, quick_sums
+from fedray.training.layers.layer import StackedLayer
+from fedray.training.layers.linear import quick_norms, quick_sums
 from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import StackedModel
 

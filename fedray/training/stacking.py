@@ -13,7 +13,8 @@ from torch import nn
 
 from fedray.models.layout import Layout
 from fedray.training.chain import Chain, altered
-from fedray.training.layers import KINDS, Slot, StackedLayer, Unsupported
+from fedray.training.layers.kinds import KINDS
+from fedray.training.layers.layer import Slot, StackedLayer, Unsupported
 
 
 class StackedModel:

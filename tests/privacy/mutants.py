@@ -21,7 +21,9 @@ from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys
-from fedray.training import alone, layers, program_check, record_parts
+from fedray.training import alone, program_check, record_parts
+from fedray.training.layers.convolution import StackedConv
+from fedray.training.layers.layer import StackedLayer
 from fedray.training.stacked import StackedTrainer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver, Trainer
 
@@ -147,7 +149,7 @@ def non_finite_let_through(patch: Patch, engine: str) -> None:
         lambda norms, clip_norm, **_: (clip_norm / norms).clamp(max=1.0).float(),
     )
     replace_everywhere(patch, clipping.select_finite, lambda values, norms: values)
-    for layer in (layers.StackedLayer, layers.StackedConv, record_parts.Made, record_parts.Product, record_parts.Rows):
+    for layer in (StackedLayer, StackedConv, record_parts.Made, record_parts.Product, record_parts.Rows):
         patch.setattr(layer, "select", lambda self, keep: None)
 
 
@@ -166,7 +168,7 @@ def per_layer_clipping(patch: Patch, engine: str) -> None:
                 norms = part.squared_norms().sqrt()
                 part.select(torch.isfinite(norms))
                 factors = clipping.clip_factors(norms, self._training.privacy.clip_norm)
-                add = part.add_sums if isinstance(part, layers.StackedLayer) else part.add_sum
+                add = part.add_sums if isinstance(part, StackedLayer) else part.add_sum
                 add(gradient, factors)
 
         patch.setattr(StackedTrainer, "_add_clipped_records", mutated_records)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedray.training.batching import Batched
-from fedray.training.batching_rules import RULES
 from fedray.training.gateway_rules import MIXED
 from fedray.training.program import Instruction, Program, Spec, Value, operator
+from fedray.training.rules.table import RULES
 
 A = "aten."
 Make = Callable[[torch.Generator], tuple[list[Any], dict[str, Any]]]

@@ -12,11 +12,14 @@ from torch import nn
 from fedray.data.shards import Shard
 from fedray.models.layout import Layout
 from fedray.privacy.streams import RoundKeys
-from fedray.training import batching_rules, program_check
+from fedray.training import program_check
 from fedray.training.engines import traced
 from fedray.training.program import Program, Untraceable
 from fedray.training.program_check import check_program
 from fedray.training.record_draws import RecordDraws
+from fedray.training.rules.call import Call
+from fedray.training.rules.table import RULES
+from fedray.training.rules.values import whole
 from fedray.training.trainer import LocalTraining
 from tests.privacy.worlds import keys_of, observe, spec_of
 from tests.training.coupling import class_losses
@@ -109,19 +112,19 @@ def test_a_token_that_is_in_no_table_is_no_row_of_another_gateways() -> None:
 
 
 # Rules that couple records, or give what no record gives: whoever writes the next one is told before anything is released.
-def _centred(call: batching_rules.Call) -> str | None:
-    found = batching_rules._whole("aten.sum.dim_IntList")(call)
+def _centred(call: Call) -> str | None:
+    found = whole("aten.sum.dim_IntList")(call)
     return None if found is None else f"(lambda r: r - r.mean(0))({found})"
 
 
-def _last_for_all(call: batching_rules.Call) -> str | None:
-    found = batching_rules._whole("aten.sum.dim_IntList")(call)
+def _last_for_all(call: Call) -> str | None:
+    found = whole("aten.sum.dim_IntList")(call)
     return None if found is None else f"(lambda r: r[-1:].expand_as(r))({found})"
 
 
-def _leaks_at_nan(call: batching_rules.Call) -> str | None:
+def _leaks_at_nan(call: Call) -> str | None:
     """Right for all ordinary values."""
-    found = batching_rules._whole("aten.sum.dim_IntList")(call)
+    found = whole("aten.sum.dim_IntList")(call)
     return None if found is None else f"(lambda r: r + 0.0 * r.sum(0))({found})"
 
 
@@ -145,7 +148,7 @@ def test_a_rule_that_couples_records_is_found_before_anything_is_released(
     program = traced("alone", model, class_losses, _shard(0))
     assert program is not None
     assert any(instruction.op == "aten.sum.default" for instruction in program.instructions)
-    monkeypatch.setitem(batching_rules.RULES, "aten.sum.default", rule)
+    monkeypatch.setitem(RULES, "aten.sum.default", rule)
     with pytest.raises(Untraceable, match=words):
         check_program(program, model, class_losses, _shard(0))
 

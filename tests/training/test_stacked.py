@@ -22,7 +22,8 @@ from fedray.privacy.clipping import usable
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
 from fedray.privacy.streams import RoundKeys
 from fedray.training.engines import Engine, new_trainer
-from fedray.training.layers import Slot, StackedLinear, quick_norms
+from fedray.training.layers.layer import Slot
+from fedray.training.layers.linear import StackedLinear, quick_norms
 from fedray.training.stacking import StackedModel, reason_against
 from fedray.training.trainer import LocalTraining, Release
 

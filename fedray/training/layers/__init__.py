@@ -1,0 +1,1 @@
+"""Layers of many gateways at once: one file a family."""

@@ -1,0 +1,1 @@
+"""How operations on one record run on many: one file a family."""
