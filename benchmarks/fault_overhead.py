@@ -25,7 +25,7 @@ from suite import RESULTS, machine, report
 from fedray.config.settings import RunConfig
 from fedray.orchestrator.rounds import Orchestrator
 from fedray.privacy import ledger
-from fedray.rundir.checkpoint import RunDirectory
+from fedray.rundir.directory import RunDirectory
 
 JOB: dict[str, Any] = {"gateways": 16, "noise_level": "sample", "seed": 1, "rounds": 12, "local_steps": 64}
 WRITES = [

@@ -28,7 +28,8 @@ from fedray.privacy.streams import (
     next_round_key,
 )
 from fedray.rundir import cards, manifest
-from fedray.rundir.checkpoint import Checkpoint, Restored, RunDirectory
+from fedray.rundir.checkpoint import Checkpoint
+from fedray.rundir.directory import Restored, RunDirectory
 
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
 _FREE = frozenset(

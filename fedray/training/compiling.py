@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 
 from fedray.training.program import Draw, Instruction, Program, Site, Spec, Untraceable, Value
 from fedray.training.refusals import root_of, stateful
-from fedray.training.traced_code import TracedCode
+from fedray.training.traced_code import TracedCode, attribute_of
 
 IDENTITIES = frozenset(
     {
@@ -265,10 +265,3 @@ def _plain(arguments: Any, new: Callable[[fx.Node], Any]) -> Any:
     if isinstance(arguments, dict):
         return {key: _plain(item, new) for key, item in arguments.items()}
     return arguments
-
-
-def attribute_of(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for word in path.split("."):
-        found = getattr(found, word)
-    return found

@@ -13,10 +13,9 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from fedray.models.calls import Loss
-from fedray.training.compiling import attribute_of
 from fedray.training.held_state import changed, held_state
 from fedray.training.program import Untraceable
-from fedray.training.traced_code import TracedCode
+from fedray.training.traced_code import TracedCode, attribute_of
 
 
 @contextmanager

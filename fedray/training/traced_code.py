@@ -51,3 +51,10 @@ class TracedCode:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise Untraceable(f"the loss of one record is {shape}; it must be one value a record, [n] for n records")
         return found.reshape(1)
+
+
+def attribute_of(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for word in path.split("."):
+        found = getattr(found, word)
+    return found

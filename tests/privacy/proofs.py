@@ -30,7 +30,7 @@ from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.reports.progress import Silent
-from fedray.rundir.checkpoint import RunDirectory
+from fedray.rundir.directory import RunDirectory
 from tests.privacy import checks
 from tests.privacy.worlds import (
     NUM_FEATURES,

@@ -12,8 +12,8 @@ import pytest
 
 from fedray.commands.cli import main
 from fedray.privacy import ledger
-from fedray.rundir import checkpoint
-from fedray.rundir.checkpoint import RunDirectory
+from fedray.rundir import files
+from fedray.rundir.directory import RunDirectory
 from tests.recovery.jobs import SMALL, assert_true, in_child, lines, outcome, resume, train
 
 
@@ -42,7 +42,7 @@ def fill_up(run: Path, said: Path, what: str) -> None:
 
     def from_state_3(self: RunDirectory, state: Any, ledger: Any) -> None:
         if what == "checkpoint" and state.round == 3:
-            checkpoint._write = limited(checkpoint._write, lambda path, data, mode=0: Path("none"))
+            files.write = limited(files.write, lambda path, data, mode=0: Path("none"))
         save(self, state, ledger)
 
     append, save = RunDirectory.append_metrics, RunDirectory.save

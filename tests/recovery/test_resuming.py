@@ -47,14 +47,14 @@ def own(
 
 def stop_own(run: Path, **settings: Any) -> None:
     """Be killed when the first round is saved."""
-    save = fedray.rundir.checkpoint.RunDirectory.save
+    save = fedray.rundir.directory.RunDirectory.save
 
     def last(self: Any, state: Any, ledger: Any) -> None:
         save(self, state, ledger)
         if state.round == 1:
             os.kill(os.getpid(), 9)
 
-    fedray.rundir.checkpoint.RunDirectory.save = last  # type: ignore[method-assign]
+    fedray.rundir.directory.RunDirectory.save = last  # type: ignore[method-assign]
     own(out=run, **settings)
 
 
