@@ -180,7 +180,7 @@ def _node_loss(place: Path, launcher: str, report: Any) -> None:
         return kind
 
     def where(pool: Any, index: int) -> Any:
-        actor = pool._actors[index]
+        actor = pool._actors.by_group[index]
         node_id = ray.get(actor.__ray_call__.remote(lambda _self: ray.get_runtime_context().get_node_id()))
         return {"node_id": node_id}
 
