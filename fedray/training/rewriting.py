@@ -44,6 +44,7 @@ class Rewriter(fx.Interpreter):
         uses: The parameters to tap, see `uses_of`.
         params: Trainable parameters; those that are tapped need no gradient.
         drawn: Random numbers in the order in which they are taken; None to find out what is drawn.
+        rules: What takes the place of an operator: called with the rewriter and the operator's arguments.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Rewriter(fx.Interpreter):
         uses: Mapping[int, Use],
         params: Sequence[torch.Tensor],
         drawn: Sequence[torch.Tensor] | None,
+        rules: Mapping[Any, Callable[..., Any]],
     ) -> None:
         super().__init__(forward, garbage_collect_values=False)
         self.taps: list[Tap] = []
         self.draws: list[Draw] = []
         self._uses = uses
+        self._rules = rules
         self._drawn = drawn
         placeholders = [node for node in forward.graph.nodes if node.op == "placeholder"]
         self._tapped = {node: index for index, node in enumerate(placeholders[: len(params)]) if index in uses}
@@ -69,7 +72,7 @@ class Rewriter(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         arguments, named = self.fetch_args_kwargs_from_env(n)
-        rule = _RULES.get(n.target)
+        rule = self._rules.get(n.target)
         if n.target in RECURRENT:
             return self._recurrent(n, arguments)
         if rule is not None:
@@ -115,7 +118,7 @@ class Rewriter(fx.Interpreter):
         return recurrence.run(RECURRENT[node.target], arguments, weights, self.tap, self.dropout)  # type: ignore[index]  # checked by the caller
 
 
-def draws_of(forward: fx.GraphModule) -> list[Draw]:
+def draws_of(forward: fx.GraphModule, rules: Mapping[Any, Callable[..., Any]]) -> list[Draw]:
     """Return what a forward graph draws, in order."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -123,7 +126,7 @@ def draws_of(forward: fx.GraphModule) -> list[Draw]:
     values = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
     with mode:
         values = [torch.empty(value.shape, dtype=value.dtype) for value in values]
-        rewriter = Rewriter(forward, {}, [], None)
+        rewriter = Rewriter(forward, {}, [], None, rules)
         rewriter.run(*values)
     return rewriter.draws
 

@@ -26,6 +26,7 @@ from fedray.training.fusing import fuse
 from fedray.training.parameter_uses import Use, uses_of
 from fedray.training.program import Program, Untraceable
 from fedray.training.refusals import reason_of, refuse_unseen, refuse_writes, watched
+from fedray.training.replacements import REPLACEMENTS
 from fedray.training.rewriting import Rewriter, draws_of
 from fedray.training.traced_code import Example, TracedCode
 
@@ -126,14 +127,14 @@ def _forward(code: TracedCode) -> fx.GraphModule:
 def _joint(code: TracedCode, forward: fx.GraphModule, uses: dict[int, Use]) -> tuple[fx.GraphModule, Wanted]:
     """Return the second pass, and what its outputs are."""
     raw = [index for index in range(len(code.params)) if index not in uses]
-    draws = draws_of(forward)
+    draws = draws_of(forward, REPLACEMENTS)
     sizes = [len(code.params), len(code.held), len(draws), len(code.inputs)]
     sites: list[tuple[str, int, int | None, int]] = []
 
     def flat(*values: torch.Tensor) -> list[Any]:
         params, held, drawn, x = _split(values, sizes)
         params = [value.detach().requires_grad_(index not in uses) for index, value in enumerate(params)]
-        rewriter = Rewriter(forward, uses, params, drawn)
+        rewriter = Rewriter(forward, uses, params, drawn, REPLACEMENTS)
         total = rewriter.run(*params, *held, *x, values[-1]).sum()
         taps = rewriter.taps
         targets = [*(params[index] for index in raw), *(tap.output for tap in taps)]
