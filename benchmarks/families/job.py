@@ -18,7 +18,8 @@ from fedray.config.settings import RunConfig
 from fedray.data.inputs import arrays, on, tensors
 from fedray.data.shards import Shard, as_arrays
 from fedray.errors import FedrayError
-from fedray.orchestrator.plan import Plan, UserParts, prepare
+from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.pool.worker import memory_share
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec

@@ -25,8 +25,8 @@ from fedray.audit.lab import LARGEST_PLAYABLE_MU, Float32Array, Lab
 from fedray.audit.releases import Place, attempts, place_of
 from fedray.pool.worker import Worker
 from fedray.privacy import mechanism
-from fedray.privacy.ledger import ranges_of
 from fedray.privacy.streams import RoundKeys
+from fedray.privacy.tally import ranges_of
 from fedray.training.trainer import GatewayShards, StepObserver
 
 Float64Array = npt.NDArray[np.float64]

@@ -19,10 +19,10 @@ from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.rounds import participation
 from fedray.pool import worker
 from fedray.privacy import mechanism
-from fedray.privacy.ledger import ranges_of
 from fedray.privacy.levels import Adjacency, level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys, derive_key, numpy_generator
+from fedray.privacy.tally import ranges_of
 from fedray.training import engines
 from fedray.training.trainer import GatewayShards, LocalTraining, Trainer
 

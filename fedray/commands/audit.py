@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
     from fedray.audit.audit import run_audit  # torch takes seconds to import: --help and bad flags answer without it
     from fedray.audit.lab import DEFAULT, THOROUGH
-    from fedray.orchestrator.plan import UserParts, prepare
+    from fedray.orchestrator.preparing import UserParts, prepare
 
     plan = prepare(config, UserParts())
     if not config.quiet:

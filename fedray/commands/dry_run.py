@@ -12,7 +12,8 @@ from fedray.config.settings import RunConfig
 from fedray.config.user_code import is_reference
 from fedray.errors import InputError
 from fedray.orchestrator.panel import privacy_rows
-from fedray.orchestrator.plan import Plan, UserParts
+from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.preparing import UserParts
 from fedray.orchestrator.session import Reopened, new_run_path, planned
 from fedray.pool.pool import Inspection
 from fedray.privacy import accounting

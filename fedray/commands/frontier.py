@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         raise InputError("--seeds is empty; it must be whole numbers, separated by commas.")
 
     from fedray.commands import sweep
-    from fedray.orchestrator.plan import UserParts, prepare
+    from fedray.orchestrator.preparing import UserParts, prepare
     from fedray.reports import pictures
     from fedray.rundir import cards  # torch takes seconds to import: --help answers without it
 

@@ -21,15 +21,16 @@ from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, Run
 from fedray.models.calls import Loss
 from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.panel import closing_sentences, panel_rows
-from fedray.orchestrator.plan import Plan, UserParts
+from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.preparing import UserParts
 from fedray.orchestrator.publisher import Clock, Outcome, Publisher
 from fedray.orchestrator.session import Session, planned
 from fedray.pool.hardware import hardware_of
 from fedray.pool.pool import Pool, PoolInfo
 from fedray.privacy import accounting, mechanism
-from fedray.privacy.ledger import Ranges, ranges_of
 from fedray.privacy.levels import level_of
 from fedray.privacy.streams import RoundKeys, mac
+from fedray.privacy.tally import Ranges, ranges_of
 from fedray.reports.progress import Progress, Silent
 from fedray.reports.tracking import check_available, new_tracker
 from fedray.rundir import cards, manifest

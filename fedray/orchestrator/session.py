@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from fedray.config.settings import RunConfig, flag
 from fedray.errors import InputError
-from fedray.orchestrator.plan import Plan, UserParts, prepare
+from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger

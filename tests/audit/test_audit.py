@@ -18,7 +18,7 @@ from fedray.audit.bounds import ALPHA
 from fedray.audit.lab import Lab
 from fedray.commands.cli import main
 from fedray.errors import InputError
-from fedray.orchestrator.plan import UserParts
+from fedray.orchestrator.preparing import UserParts
 from fedray.reports import audit_page
 from tests.audit.coupled import Gated
 from tests.audit.mutants import scaled_noise

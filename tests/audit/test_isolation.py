@@ -13,7 +13,7 @@ from fedray.audit.lab import Lab
 from fedray.audit.movement import Movement
 from fedray.audit.sampler import attack_participation
 from fedray.audit.updates import attack_updates
-from fedray.orchestrator.plan import UserParts
+from fedray.orchestrator.preparing import UserParts
 from tests.audit.coupled import COUPLINGS, Gated, clipped_by_halves, trained_by, unclipped
 from tests.audit.mutants import COHORTS, COUPLED, MUTANTS
 from tests.audit.worlds import LEVELS, QUICK, plan_of

@@ -14,7 +14,7 @@ from fedray.data import inputs
 from fedray.data.inputs import leaves, same_structure
 from fedray.data.shards import Shard
 from fedray.models.calls import cross_entropy
-from fedray.orchestrator.plan import UserParts
+from fedray.orchestrator.preparing import UserParts
 from tests.audit.worlds import audit_of, flagged
 
 

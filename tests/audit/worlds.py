@@ -11,7 +11,8 @@ from torch import nn
 from fedray.audit.audit import Audit, run_audit
 from fedray.audit.lab import Effort
 from fedray.config.settings import RunConfig
-from fedray.orchestrator.plan import Plan, UserParts, prepare
+from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.preparing import UserParts, prepare
 
 LEVELS = ("sample", "batch", "gateway")
 QUICK = Effort(runs=800, game_seconds=0.6, training_seconds=0.5, trials=8)

@@ -13,8 +13,9 @@ import numpy as np
 from fedray import Orchestrator, RunConfig
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
-from fedray.privacy.ledger import Ledger, Ranges, read
+from fedray.privacy.ledger import Ledger, read
 from fedray.privacy.spec import PrivacySpec
+from fedray.privacy.tally import Ranges
 from tests.privacy.worlds import data_free_run, model_of, product_loss, random_shard, spec_of
 
 

@@ -25,10 +25,10 @@ from fedray.models.checks import check as check_model
 from fedray.models.layout import Layout
 from fedray.orchestrator.rounds import gather
 from fedray.privacy import mechanism, noise
-from fedray.privacy.ledger import ranges_of
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
+from fedray.privacy.tally import ranges_of
 from fedray.reports.progress import Silent
 from fedray.rundir.directory import RunDirectory
 from tests.privacy import checks

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedray.errors import DamagedRunError
 from fedray.privacy.accounting import Charges, first_epsilon
-from fedray.privacy.ledger import Ledger, ranges_of, read
+from fedray.privacy.ledger import Ledger, read
+from fedray.privacy.tally import ranges_of
 from tests.privacy.worlds import spec_of
 
 

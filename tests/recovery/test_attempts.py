@@ -12,12 +12,13 @@ import pytest
 from fedray.algorithms.aggregation import GroupResult
 from fedray.config.settings import RunConfig
 from fedray.orchestrator.budget import EpsilonCurve
-from fedray.orchestrator.plan import UserParts, prepare
+from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.pool.inline_pool import InlinePool
 from fedray.privacy import mechanism
-from fedray.privacy.ledger import Ledger, ranges_of, read
+from fedray.privacy.ledger import Ledger, read
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.streams import RoundKeys
+from fedray.privacy.tally import ranges_of
 from tests.recovery.jobs import SMALL, DiskWatch, assert_true, in_child, lines, outcome, resume, train
 
 KEY = bytes(32)

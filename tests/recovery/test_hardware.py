@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedray.config.settings import RunConfig
-from fedray.orchestrator.plan import UserParts, prepare
+from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.orchestrator.rounds import inputs_digest
 from fedray.pool.hardware import hardware_of
 from fedray.pool.inline_pool import InlinePool

@@ -1,0 +1,201 @@
+"""From settings, data and model to a plan: checked, before any actor starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedray.config.settings import RunConfig
+from fedray.data import inputs, source
+from fedray.data.shards import RecordRules, Shard, as_arrays
+from fedray.data.source import Federation
+from fedray.errors import InputError
+from fedray.models import calls, checks, reference
+from fedray.models.layout import Layout
+from fedray.orchestrator.plan import Plan
+from fedray.pool.worker import WorkerSetup
+from fedray.privacy import accounting
+from fedray.privacy.accounting import Charges
+from fedray.privacy.spec import PrivacySpec
+from fedray.privacy.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.training.engines import Engine, isolation_of, traced
+from fedray.training.program import Program, Untraceable
+from fedray.training.stacking import reason_against
+from fedray.training.trainer import LocalTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserParts:
+    """What a Python caller hands in instead of --dataset and --model; None where a flag speaks.
+
+    Args:
+        shards: A sequence of `Gateway` or `(x, y)`, one a gateway.
+        test: `(x, y)` or None.
+        model: Returns a torch module.
+        loss: Maps (output, target) to one value a record.
+    """
+
+    shards: Any = None
+    test: Any = None
+    model: Callable[[], Any] | None = None
+    loss: calls.Loss | None = None
+
+
+def prepare(
+    config: RunConfig, parts: UserParts, key: bytes | None = None, noise_multiplier: float | None = None
+) -> Plan:
+    """Load data, build the model, check both, and calibrate the noise.
+
+    Args:
+        config: The settings.
+        parts: What the caller brought.
+        key: The setup key of a run that goes on; None for a fresh run.
+        noise_multiplier: Of a run that goes on, which never changes; None to take or find it from the settings.
+
+    Raises:
+        InputError: Anything in settings, data or model breaks a rule.
+    """
+    root_key = new_root_key(config.seed)
+    key = setup_key(root_key) if key is None else key
+    if parts.shards is None:
+        federation = source.from_config(config, key)
+    else:
+        labels = parts.loss is None
+        test = None if parts.test is None else as_arrays(parts.test, "test", labels)
+        federation = source.from_shards(config, parts.shards, test, "gateways", labels)
+    if config.batch_size > federation.nominal_records:
+        raise InputError(
+            f"--batch-size is {config.batch_size} but the nominal shard size is {federation.nominal_records} records "
+            f"(q would be {config.batch_size / federation.nominal_records:.3g} > 1); lower it, or use fewer gateways."
+        )
+    model, rules = _model(config, parts, federation, key)
+    spec = _calibrated(
+        PrivacySpec(
+            noise_level=config.noise_level,
+            noise_multiplier=config.noise_multiplier if config.noise_multiplier is not None else 1.0,
+            clip_norm=config.clip_norm,
+            delta=config.delta,
+            batch_size=config.batch_size,
+            sample_rate=config.batch_size / federation.nominal_records,
+            local_steps=config.local_steps,
+            expected_cohort=config.gateways * config.participation,
+            weights=config.weights,
+            participation=config.participation,
+            arrival_may_depend_on_data=config.on_failure == "drop",
+        ),
+        config,
+        noise_multiplier,
+    )
+    training = LocalTraining(
+        privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or calls.cross_entropy
+    )
+    engine, program = _engine(config, model, training, federation)
+    setup = WorkerSetup(
+        model=model,
+        training=training,
+        shards=federation.shards,
+        rules=rules,
+        engine=engine,
+        program=program,
+        memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
+        max_update_norm=config.max_update_norm,
+        drop_failures=config.on_failure == "drop",
+        steady_cohort=config.participation >= 1.0,
+    )
+    return Plan(
+        config=config,
+        setup_key=key,
+        first_round_key=first_round_key(root_key),
+        spec=spec,
+        federation=federation,
+        model=model,
+        layout=Layout.of(model),
+        training=training,
+        class_labels=parts.loss is None,
+        setup=setup,
+        isolation="alone" if engine == "alone" else "sequence",
+    )
+
+
+def _model(
+    config: RunConfig, parts: UserParts, federation: Federation, key: bytes
+) -> tuple[torch.nn.Module, RecordRules]:
+    sample = _few(federation)
+    record_shape = tuple(sample.x.shape[1:]) if isinstance(sample.x, torch.Tensor) else None
+    with forked_global_rng(torch_seed(key, "model")):
+        if parts.model is not None:
+            model = reference.from_function(parts.model, getattr(parts.model, "__name__", "model"))
+        else:
+            model = reference.build(config.model, record_shape, federation.num_classes)
+        if config.fix_model:
+            model = checks.fix(model)
+        num_outputs = checks.check(model, sample.x, sample.y, parts.loss)
+    rules = RecordRules.of(federation.example[0], num_outputs)
+    if not federation.lazy and (parts.shards is not None or config.dataset != "toy"):
+        for index in range(len(federation.shards)):
+            rules.check(*_pair(federation, index), f"shard {index}")
+    if federation.test is not None:
+        rules.check(*federation.test, "test data")
+    return model, rules
+
+
+def _engine(
+    config: RunConfig, model: torch.nn.Module, training: LocalTraining, federation: Federation
+) -> tuple[Engine, Program | None]:
+    """Return the trainer of --engine, and the program that it runs unless the model is a sequence of proven layers.
+
+    Raises:
+        InputError: The engine cannot keep the records of this model apart.
+    """
+    asked: Engine = "stacked" if config.engine == "auto" else config.engine
+    reason = reason_against(model)
+    if asked in ("opacus", "sequence") and reason is not None:
+        raise InputError(
+            f"--engine is {asked} but {reason}, so nothing proves that it keeps records apart; use --engine auto."
+        )
+    isolation = isolation_of(asked, model)
+    try:
+        program = traced(isolation, model, training.loss, _few(federation))
+    except Untraceable as untraceable:
+        raise InputError(f"--model: {untraceable}.") from untraceable
+    except SystemExit as left:  # it ran well when no gradient was asked for, and leaves the program now
+        raise InputError(
+            "--model: its forward pass on a single record, with gradients, raised SystemExit; it must return an output."
+        ) from left
+    return ("opacus" if asked == "opacus" else isolation), program
+
+
+def _few(federation: Federation) -> Shard:
+    """Return up to three records to try the model on."""
+    x, y = federation.example
+    return Shard(x=inputs.tensors(inputs.taken(x, slice(3))), y=torch.from_numpy(y[:3].copy()))
+
+
+def _pair(federation: Federation, index: int) -> tuple[Any, Any]:
+    x, y = federation.shards[index]
+    return inputs.rebuilt(x, [np.asarray(leaf) for leaf in inputs.leaves(x)]), np.asarray(y)
+
+
+def _calibrated(spec: PrivacySpec, config: RunConfig, noise_multiplier: float | None) -> PrivacySpec:
+    if noise_multiplier is not None:
+        return replace(spec, noise_multiplier=noise_multiplier)
+    charges = Charges(steps=config.rounds * config.local_steps, rounds=config.rounds)
+    if config.target_epsilon is not None:
+        try:
+            spec = replace(spec, noise_multiplier=accounting.calibrate(spec, charges, config.target_epsilon))
+        except ValueError as error:
+            raise InputError(
+                f"--target-epsilon is {config.target_epsilon:g} but {error}; raise it, or plan fewer rounds or steps."
+            ) from error
+    if config.max_epsilon is not None:
+        first = accounting.first_epsilon(spec, Charges(steps=config.local_steps, rounds=1))
+        if first > config.max_epsilon:
+            raise InputError(
+                f"--max-epsilon is {config.max_epsilon:g} but round 1 alone costs {first:.4g}; raise it, or raise "
+                "--noise-multiplier."
+            )
+    return spec
