@@ -36,7 +36,7 @@ LAYERS = (  # an import never points to an earlier line
     ("pool.worker",),
     ("pool.hardware",),
     ("training.engines",),
-    ("training.reference", "training.stacked", "training.tracing", "training.program_check"),
+    ("training.reference", "training.stacked", "training.tracing", "training.program_check", "training.fusing"),
     ("training.alone",),
     ("training.held_state",),
     ("training.record_gradients", "training.rewriting"),

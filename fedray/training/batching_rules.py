@@ -283,6 +283,11 @@ def _leading(call: Call) -> str | None:
     return call.direct(call.packed(first), *others, **call.kwargs)
 
 
+def _copied(call: Call) -> str | None:
+    named = {name: value for name, value in call.kwargs.items() if name != "memory_format"}  # of a record's rank
+    return call.direct(call.args[0], **named)
+
+
 def _layer_norm_backward(call: Call) -> str | None:
     grad, x, shape, mean, rstd, weight, bias, mask = call.args
     if weight is not None or bias is not None:
@@ -539,7 +544,7 @@ RULES: dict[str, Rule] = {
     "aten.constant_pad_nd.default": _leading,
     "aten.tril.default": _leading,
     "aten.triu.default": _leading,
-    "aten._to_copy.default": _leading,
+    "aten._to_copy.default": _copied,
     "aten.native_layer_norm.default": lambda call: (
         _leading(call) if call.args[2] is None and call.args[3] is None else None
     ),

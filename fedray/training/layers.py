@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedray.privacy.clipping import row_norms
+from fedray.privacy.clipping import factors_of_products, row_norms, selected
 
 
 class Unsupported(Exception):
@@ -146,7 +146,7 @@ class StackedLayer(nn.Module):
 def _where(keep: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     if not part.is_floating_point():
         return part
-    return torch.where(keep.view(*keep.shape, *([1] * (part.dim() - 2))), part, 0.0)
+    return selected(part, keep)
 
 
 def _weighted(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
@@ -171,6 +171,7 @@ class _Affine(StackedLayer):
     """y = x Wᵀ + b on rows: Linear, and convolutions after unfolding. a `[G, B(, T), in]`, e `[G, B(, T), out]`."""
 
     gradients: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None  # of e, where gradients are products that are never made
 
     def rows_forward(self, a: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return a Wᵀ + b for a `[G, B(, T), in]`, Wᵀ `[G, in, out]` and b `[G, 1, out]`, keeping a."""
@@ -192,7 +193,9 @@ class _Affine(StackedLayer):
         """
         if self.a.dim() == 3:
             inputs = _exact_squares(self.a) if self.has("weight") else torch.zeros((), dtype=torch.float64)
-            return _exact_squares(self.e).mul_(inputs + 1 if self.has("bias") else inputs)
+            squares = _exact_squares(self.e)
+            self.lengths = squares.sqrt()
+            return squares.mul_(inputs + 1 if self.has("bias") else inputs)
         squares = torch.zeros((), dtype=torch.float64, device=self.e.device)
         if self.has("weight"):
             e, a = self.e.flatten(0, 1), self.a.flatten(0, 1)
@@ -211,7 +214,7 @@ class _Affine(StackedLayer):
     def forget(self) -> None:
         """See `StackedLayer.forget`."""
         super().forget()
-        self.gradients = None
+        self.gradients = self.lengths = None
 
     def weight_sum(self, factors: torch.Tensor | None) -> torch.Tensor:
         """Return the weighted sum of the weight's gradients `[G, out, in]`."""
@@ -292,6 +295,8 @@ class StackedLinear(_Affine):
             super().add_sums(out, factors)
             return
         targets = self.targets(out)
+        if factors is not None and self.lengths is not None:
+            factors = factors_of_products(self.lengths, factors)
         weighted = self.e if factors is None else self.e * factors.unsqueeze(2)
         if self.has("weight"):
             targets["weight"].add_(torch.bmm(weighted.transpose(1, 2), self.a))

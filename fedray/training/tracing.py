@@ -12,11 +12,13 @@ goes straight to the second pass.
 from __future__ import annotations
 
 import operator
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -154,12 +156,18 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
 def _watched(model: nn.Module, loss: Loss) -> Iterator[None]:
     """Refuse code that changes what it holds while it runs."""
     before = held_state(model, loss)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.object(torch.autocast, "__enter__", _refuse_autocast):
         warnings.simplefilter("ignore")  # remarks for developers of torch.fx
         yield
     names = changed(before, held_state(model, loss))
     if names:
         raise Untraceable(_stateful(names))
+
+
+def _refuse_autocast(_: object) -> None:
+    raise Untraceable(
+        "it enters torch.autocast, which a trace does not see; cast by x.to(torch.bfloat16) where you want it"
+    )
 
 
 def _stateful(names: Sequence[str]) -> str:
@@ -330,7 +338,8 @@ def _joint_directly(code: _Code) -> tuple[fx.GraphModule, _Wanted]:
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             raise Untraceable(
-                f"it draws random numbers ({node.target}) beside a backward pass of its own; leave one of them out"
+                f"it draws random numbers ({node.target}) where autograd's own pass is noted (in a loss, beside an autograd "
+                "function, a hook on a gradient or a gradient of gradients); leave one of them out"
             )
     return graph, _Wanted(raw=list(range(len(code.params))), sites=[], draws=[])
 
@@ -369,6 +378,11 @@ def _own_backward_passes_refused() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().split("\n")[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TypeError) and any(frame.filename.endswith("torch/nn/modules/rnn.py") for frame in frames):
+        return (
+            f"a recurrent layer raised {text!r}; if its sequences are packed, pad them, and take the last step of each"
+        )
     looks = ("data-dependent", "DataDependent", "local_scalar_dense", ".item()", "numpy() is not supported", "nonzero")
     if any(word in f"{type(error).__name__} {error}" for word in looks):
         return (
@@ -556,7 +570,8 @@ def _can_fold(node: fx.Node) -> bool:
 def _filled(node: fx.Node) -> torch.Tensor | None:
     """Return the value of a node that takes nothing but a shape from its inputs."""
     value, fill = node.meta.get("val"), _FILLS.get(_name(node))
-    if fill is None or not isinstance(value, torch.Tensor) or value.numel() > _LARGEST_FOLDED:
+    large = isinstance(value, torch.Tensor) and value.numel() > _LARGEST_FOLDED and "empty" not in _name(node)
+    if fill is None or not isinstance(value, torch.Tensor) or large:
         return None
     number = fill if isinstance(fill, float) else node.args[int(fill)]
     if not isinstance(number, int | float):
