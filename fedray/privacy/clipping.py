@@ -11,6 +11,7 @@ from fedray.privacy.constants import constant
 
 _MARGIN = 1e-6
 LARGEST_NORM = 1e18  # the square of a larger one overflows float32
+_SHORTEST = 1e-30
 _BLOCK = 1024  # values whose squares are added in float32, on eight lanes at least
 
 
@@ -44,6 +45,32 @@ def usable(norms: torch.Tensor) -> torch.Tensor:
     return norms <= constant(LARGEST_NORM)  # false for NaN
 
 
+def factors_of_products(lengths: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return the factors of gradients e aᵀ of which only e is multiplied, 0 where float32 would lose what counts.
+
+    Below 1e-38 float32 has few digits, and an input a of 1e35 brings their rounding back: the sum would be longer than C.
+    From 1e-30 on, what is lost is less than 1e-15 of C for each value of e.
+
+    Args:
+        lengths: ‖e‖, any shape.
+        factors: Of clipping, the same shape.
+    """
+    lost = (factors < 1.0) & (lengths * factors < _SHORTEST)
+    return torch.where(lost, constant(0.0), factors)
+
+
+def selected(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Return `values` with zeros outside of `keep`, laid out as they are: sums must not take another kernel for others' sake.
+
+    Args:
+        values: `[G, B, …]`.
+        keep: `[G, B]`.
+    """
+    found = torch.empty_like(values)
+    torch.where(keep.view(*keep.shape, *([1] * (values.dim() - keep.dim()))), values, constant(0.0), out=found)
+    return found
+
+
 def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """Return `values` with the rows of non-finite norm replaced by zeros.
 
@@ -51,8 +78,7 @@ def select_finite(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         values: `[n, …]`, one vector a row.
         norms: `[n]`.
     """
-    keep = usable(norms).view(-1, *([1] * (values.dim() - 1)))
-    return torch.where(keep, values, 0.0)
+    return selected(values, usable(norms))
 
 
 def row_norms(rows: torch.Tensor) -> torch.Tensor:

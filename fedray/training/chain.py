@@ -123,9 +123,9 @@ def cross_entropy_gradient(output: torch.Tensor, y: torch.Tensor, weights: torch
 
 
 def altered(module: nn.Module) -> bool:
-    """Tell whether a module does more when it is called than its class says: by hooks, or a forward of its own."""
+    """Tell whether a module does more when it is called than its class says: by hooks, or methods of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
 
 
 def _collect(module: nn.Module | None, name: str, parts: list[Part]) -> None:

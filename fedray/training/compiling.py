@@ -239,7 +239,8 @@ def _can_fold(node: fx.Node) -> bool:
 def _filled(node: fx.Node) -> torch.Tensor | None:
     """Return the value of a node that takes nothing but a shape from its inputs."""
     value, fill = node.meta.get("val"), _FILLS.get(_name(node))
-    if fill is None or not isinstance(value, torch.Tensor) or value.numel() > _LARGEST_FOLDED:
+    large = isinstance(value, torch.Tensor) and value.numel() > _LARGEST_FOLDED and "empty" not in _name(node)
+    if fill is None or not isinstance(value, torch.Tensor) or large:
         return None
     number = fill if isinstance(fill, float) else node.args[int(fill)]
     if not isinstance(number, int | float):

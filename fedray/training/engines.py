@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from fedray.data.shards import Shard
 from fedray.models.calls import Loss, cross_entropy
 from fedray.models.layout import Layout
 from fedray.training.alone import AloneGradients
-from fedray.training.program import Program
+from fedray.training.program import Program, Untraceable
 from fedray.training.record_gradients import RecordGradients, SequenceGradients
 from fedray.training.stacked import StackedTrainer
 from fedray.training.stacking import StackedModel, reason_against
@@ -41,20 +42,35 @@ def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> 
     Raises:
         Untraceable: The code cannot be run on one record.
     """
+    _refuse_hooks_on_parameters(model)
     if isolation == "sequence" and loss is cross_entropy:
         return None
-    from fedray.training.program_check import check_program
+    from fedray.training.program_check import check_gradients
     from fedray.training.traced_code import Example
     from fedray.training.tracing import trace, trace_loss
 
-    x, y = on(taken(shard.x, slice(1)), torch.device("cpu")), shard.y[:1].cpu()
-    if isolation == "sequence":
-        output, _ = StackedModel(model, torch.device("cpu")).one_output(only_leaf(x))
-        return trace_loss(loss, output, y)
+    cpu = torch.device("cpu")
+    few = Shard(x=on(shard.x, cpu), y=shard.y.cpu())
+    x, y = taken(few.x, slice(1)), few.y[:1]
     model = copy.deepcopy(model).cpu().train()
-    program = trace(model, loss, Example(x=x, y=y))
-    check_program(program, model, loss, Shard(x=on(shard.x, torch.device("cpu")), y=shard.y.cpu()))
+    if isolation == "sequence":
+        output, _ = StackedModel(model, cpu).one_output(only_leaf(x))
+        program = trace_loss(loss, output, y)
+        check_gradients(lambda: SequenceGradients(model, lambda _: program, cpu), (), model, loss, few)
+    else:
+        program = trace(copy.deepcopy(model), loss, Example(x=x, y=y))
+        made = functools.partial(AloneGradients, lambda _: program, Layout.of(model), cpu, 2**31)
+        check_gradients(made, program.draws, model, loss, few)
     return program
+
+
+def _refuse_hooks_on_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise Untraceable(
+                f"parameter {name} has a hook on its gradient, which sees a sum of records where fedray clips each one's; "
+                "scale in the forward pass, or freeze what is not to change"
+            )
 
 
 def new_trainer(

@@ -145,10 +145,12 @@ class SequenceGradients:
         # Padding repeats a record that was not drawn, which must count for nothing; but 0 · NaN is NaN. On a GPU, looking
         # would cost more than selecting.
         if padded and (self._device.type != "cpu" or not bool(torch.isfinite(out.sum()))):
+            finite, first = torch.isfinite(out).all(1, keepdim=True), out.clone()
             out.zero_()
             for layer in layers:
                 layer.select(batch.mask.bool())
                 layer.add_sums(out, None)
+            out.copy_(torch.where(finite, first, out))  # nobody's sum is made otherwise for another gateway's sake
 
     def _differentiated(self, batch: Batch, weights: torch.Tensor) -> list[StackedLayer]:
         """Return the layers that sum(weights · losses) depends on, each with its inputs and output gradients."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fedray.privacy.clipping import row_norms
+from fedray.privacy.clipping import factors_of_products, row_norms, selected
 
 
 class Part(Protocol):
@@ -37,7 +37,7 @@ class Made:
     """
 
     def __init__(self, gradient: torch.Tensor, where: slice) -> None:
-        self.gradient = gradient
+        self.gradient = gradient.contiguous()
         self._where = where
 
     def squared_norms(self) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Made:
 
     def select(self, keep: torch.Tensor) -> None:
         """See `Part.select`."""
-        self.gradient = torch.where(keep.unsqueeze(2), self.gradient, 0.0)
+        self.gradient = selected(self.gradient, keep)
 
     def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
         """See `Part.add_sum`."""
@@ -79,22 +79,26 @@ class Product:
     """
 
     def __init__(self, rows: torch.Tensor, columns: torch.Tensor, where: slice) -> None:
-        self._rows, self._columns, self._where = rows, columns, where
+        self._rows, self._columns, self._where = rows.contiguous(), columns.contiguous(), where
+        self._lengths: torch.Tensor | None = None
 
     def squared_norms(self) -> torch.Tensor:
         """See `Part.squared_norms`; in float64, as a tiny value times a huge one counts."""
         rows, columns = (
             torch.linalg.vector_norm(part, dim=2, dtype=torch.float64) for part in (self._rows, self._columns)
         )
+        self._lengths = rows
         squares: torch.Tensor = (rows * columns).square_()
         return squares
 
     def select(self, keep: torch.Tensor) -> None:
         """See `Part.select`."""
-        self._rows, self._columns = (torch.where(keep.unsqueeze(2), part, 0.0) for part in (self._rows, self._columns))
+        self._rows, self._columns = (selected(part, keep) for part in (self._rows, self._columns))
 
     def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
         """See `Part.add_sum`."""
+        if self._lengths is not None:
+            factors = factors_of_products(self._lengths, factors)
         weighted = self._rows * factors.unsqueeze(2)
         out[:, self._where] += torch.bmm(weighted.transpose(1, 2), self._columns).flatten(1)
 
@@ -111,6 +115,7 @@ class Rows:
 
     def __init__(self, tokens: torch.Tensor, e: torch.Tensor, num_rows: int, where: slice) -> None:
         self._num_rows, self._where = num_rows, where
+        e = e.contiguous()
         if tokens.dim() == 1:
             rows, place = torch.unique(tokens, return_inverse=True)
             if len(rows) < len(tokens):
@@ -127,7 +132,7 @@ class Rows:
 
     def select(self, keep: torch.Tensor) -> None:
         """See `Part.select`."""
-        self._added = torch.where(keep.view(*keep.shape, 1, 1), self._added, 0.0)
+        self._added = selected(self._added, keep)
 
     def add_sum(self, out: torch.Tensor, factors: torch.Tensor) -> None:
         """See `Part.add_sum`."""

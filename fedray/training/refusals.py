@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -22,12 +24,18 @@ from fedray.training.traced_code import TracedCode, attribute_of
 def watched(model: nn.Module, loss: Loss) -> Iterator[None]:
     """Refuse code that changes what it holds while it runs."""
     before = held_state(model, loss)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.object(torch.autocast, "__enter__", _refuse_autocast):
         warnings.simplefilter("ignore")  # remarks for developers of torch.fx
         yield
     names = changed(before, held_state(model, loss))
     if names:
         raise Untraceable(stateful(names))
+
+
+def _refuse_autocast(_: object) -> None:
+    raise Untraceable(
+        "it enters torch.autocast, which a trace does not see; cast by x.to(torch.bfloat16) where you want it"
+    )
 
 
 def stateful(names: Sequence[str]) -> str:
@@ -81,6 +89,11 @@ def refuse_unseen(graph: fx.GraphModule) -> None:
 
 def reason_of(error: Exception) -> str:
     text = str(error).strip().split("\n")[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TypeError) and any(frame.filename.endswith("torch/nn/modules/rnn.py") for frame in frames):
+        return (
+            f"a recurrent layer raised {text!r}; if its sequences are packed, pad them, and take the last step of each"
+        )
     looks = ("data-dependent", "DataDependent", "local_scalar_dense", ".item()", "numpy() is not supported", "nonzero")
     if any(word in f"{type(error).__name__} {error}" for word in looks):
         return (

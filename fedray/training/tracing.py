@@ -183,7 +183,8 @@ def _joint_directly(code: TracedCode) -> tuple[fx.GraphModule, Wanted]:
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             raise Untraceable(
-                f"it draws random numbers ({node.target}) beside a backward pass of its own; leave one of them out"
+                f"it draws random numbers ({node.target}) where autograd's own pass is noted (in a loss, beside an autograd "
+                "function, a hook on a gradient or a gradient of gradients); leave one of them out"
             )
     return graph, Wanted(raw=list(range(len(code.params))), sites=[], draws=[])
 

@@ -272,7 +272,50 @@ def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
     return functional.rrelu(self.first(x), training=True)
 
 
+@refused("autocast", "enters torch.autocast")
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = self.first(x)
+    return x + h.float()  # type: ignore[no-any-return]
+
+
+@refused("packed sequences", "sequences are packed, pad them", body=lambda: nn.GRU(WIDTH, WIDTH, batch_first=True))
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    rows = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(1).expand(-1, 3, -1), torch.tensor([2]), batch_first=True)
+    return self.body(rows)[1][0]  # type: ignore[no-any-return, operator]
+
+
+# The same module, more than once
+
+
+@trains("a layer used twice by one name")
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(self.first(torch.tanh(self.first(x))))
+
+
+@trains("a layer in a list twice", layers=lambda: nn.ModuleList([nn.Linear(WIDTH, WIDTH)] * 2))
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    for layer in self.layers:  # type: ignore[union-attr]
+        x = torch.tanh(layer(x))
+    return x
+
+
+@trains(
+    "a frozen layer in a list twice", layers=lambda: nn.ModuleList([nn.Linear(WIDTH, WIDTH).requires_grad_(False)] * 2)
+)
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    for layer in self.layers:  # type: ignore[union-attr]
+        x = torch.tanh(layer(x))
+    return x
+
+
 # Types, ranks and orders
+
+
+@trains("another memory format", filters=lambda: nn.Conv2d(1, 2, 3, padding=1))
+def _(self: Odd, x: torch.Tensor) -> torch.Tensor:
+    image = x.reshape(-1, 1, 2, 3).to(memory_format=torch.channels_last)
+    return x + self.filters(image).mean((2, 3)).mean(1, keepdim=True)  # type: ignore[no-any-return, operator]
 
 
 @trains("dimensions by negative numbers")

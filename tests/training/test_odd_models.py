@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import types
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,12 +13,14 @@ import torch
 from torch import nn
 
 from fedray.data.shards import Shard
+from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
 from fedray.privacy.streams import RoundKeys
 from fedray.training import program_check
-from fedray.training.engines import traced
+from fedray.training.alone import AloneGradients
+from fedray.training.engines import Isolation, isolation_of, traced
 from fedray.training.program import Program, Untraceable
-from fedray.training.program_check import check_program
+from fedray.training.program_check import check_gradients
 from fedray.training.record_draws import RecordDraws
 from fedray.training.rules.call import Call
 from fedray.training.rules.table import RULES
@@ -111,6 +116,47 @@ def test_a_token_that_is_in_no_table_is_no_row_of_another_gateways() -> None:
             each_embedding(tables, torch.tensor([[1, wrong], [0, 2]]), 2)
 
 
+def _masked(model: nn.Module) -> None:
+    next(model.parameters()).register_hook(lambda gradient: 0.5 * gradient)
+
+
+def _watched(model: nn.Module) -> None:
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+@pytest.mark.parametrize("engine", ["alone", "sequence"])
+@pytest.mark.parametrize("hooked", [_masked, _watched])
+def test_hook_on_a_parameters_gradient_is_refused_by_name(engine: Isolation, hooked: Callable[..., None]) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, CLASSES)).train()
+    hooked(model)
+    with pytest.raises(Untraceable, match=r"parameter 0\.weight has a hook"):
+        traced(engine, model, cross_entropy, _shard(0))
+
+
+class Ticks:
+    """Counts where no state is looked for: at the class."""
+
+    calls = itertools.count()
+
+
+def ticking_losses(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return another loss at each call."""
+    return class_losses(output, target) * (1.0 + next(Ticks.calls))
+
+
+def test_loss_on_a_sequence_that_is_not_what_was_traced_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, CLASSES)).train()
+    with pytest.raises(Untraceable, match="not the one that was traced"):
+        traced("sequence", model, ticking_losses, _shard(0))
+
+
+@pytest.mark.parametrize("method", ["forward", "_call_impl", "_conv_forward"])
+def test_layer_with_a_method_of_its_own_is_no_part_of_a_sequence(method: str) -> None:
+    layer = nn.Conv1d(1, 2, 3)
+    setattr(layer, method, types.MethodType(lambda self, *arguments: arguments[0], layer))
+    assert isolation_of("stacked", nn.Sequential(layer, nn.Flatten())) == "alone"
+
+
 # Rules that couple records, or give what no record gives: whoever writes the next one is told before anything is released.
 def _centred(call: Call) -> str | None:
     found = whole("aten.sum.dim_IntList")(call)
@@ -133,7 +179,7 @@ def _leaks_at_nan(call: Call) -> str | None:
     [
         (_centred, "not the one that was traced"),  # nothing is left of a single record
         (_last_for_all, "side by side"),
-        (_leaks_at_nan, "moves another's gradient"),
+        (_leaks_at_nan, "moves another's gradient|side by side"),
     ],
 )
 @pytest.mark.parametrize("draws", [False, True])
@@ -150,7 +196,13 @@ def test_a_rule_that_couples_records_is_found_before_anything_is_released(
     assert any(instruction.op == "aten.sum.default" for instruction in program.instructions)
     monkeypatch.setitem(RULES, "aten.sum.default", rule)
     with pytest.raises(Untraceable, match=words):
-        check_program(program, model, class_losses, _shard(0))
+        check_gradients(
+            lambda: AloneGradients(lambda _: program, Layout.of(model), CPU, 2**31),
+            program.draws,
+            model,
+            class_losses,
+            _shard(0),
+        )
 
 
 def _odd(part: object) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fedray.training.layers.layer import StackedLayer, selected, squares_of, times_factors
+from fedray.privacy.clipping import selected
+from fedray.training.layers.layer import StackedLayer, squares_of, times_factors
 
 
 def _exact_squares(values: torch.Tensor) -> torch.Tensor:
@@ -17,6 +18,7 @@ class Affine(StackedLayer):
     """y = x Wᵀ + b on rows: Linear, and convolutions after unfolding. a `[G, B(, T), in]`, e `[G, B(, T), out]`."""
 
     gradients: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None  # of e, where gradients are products that are never made
 
     def rows_forward(self, a: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return a Wᵀ + b for a `[G, B(, T), in]`, Wᵀ `[G, in, out]` and b `[G, 1, out]`, keeping a."""
@@ -38,7 +40,9 @@ class Affine(StackedLayer):
         """
         if self.a.dim() == 3:
             inputs = _exact_squares(self.a) if self.has("weight") else torch.zeros((), dtype=torch.float64)
-            return _exact_squares(self.e).mul_(inputs + 1 if self.has("bias") else inputs)
+            squares = _exact_squares(self.e)
+            self.lengths = squares.sqrt()
+            return squares.mul_(inputs + 1 if self.has("bias") else inputs)
         squares = torch.zeros((), dtype=torch.float64, device=self.e.device)
         if self.has("weight"):
             e, a = self.e.flatten(0, 1), self.a.flatten(0, 1)
@@ -52,12 +56,12 @@ class Affine(StackedLayer):
         """See `StackedLayer.select`."""
         super().select(keep)
         if self.gradients is not None:
-            self.gradients = selected(keep, self.gradients)
+            self.gradients = selected(self.gradients, keep)
 
     def forget(self) -> None:
         """See `StackedLayer.forget`."""
         super().forget()
-        self.gradients = None
+        self.gradients = self.lengths = None
 
     def weight_sum(self, factors: torch.Tensor | None) -> torch.Tensor:
         """Return the weighted sum of the weight's gradients `[G, out, in]`."""

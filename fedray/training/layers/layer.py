@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedray.privacy.clipping import row_norms
+from fedray.privacy.clipping import row_norms, selected
 
 
 class Unsupported(Exception):
@@ -131,17 +131,11 @@ class StackedLayer(nn.Module):
 
     def select(self, keep: torch.Tensor) -> None:
         """Replace what was kept of records outside `keep` `[G, B]` by zeros (a factor of 0 would leave NaN)."""
-        self.a, self.e = (selected(keep, part) for part in (self.a, self.e))
+        self.a, self.e = (selected(part, keep) if part.is_floating_point() else part for part in (self.a, self.e))
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
         """Add the sum over records of factor · gradient to `out` `[G, P]`; factors `[G, B]`, or None for 1."""
         raise NotImplementedError
-
-
-def selected(keep: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    if not part.is_floating_point():
-        return part
-    return torch.where(keep.view(*keep.shape, *([1] * (part.dim() - 2))), part, 0.0)
 
 
 def times_factors(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:

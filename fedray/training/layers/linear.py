@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fedray.privacy.clipping import row_norms
+from fedray.privacy.clipping import factors_of_products, row_norms
 from fedray.training.layers.affine import Affine
 from fedray.training.layers.layer import Slot, StackedLayer
 
@@ -71,6 +71,8 @@ class StackedLinear(Affine):
             super().add_sums(out, factors)
             return
         targets = self.targets(out)
+        if factors is not None and self.lengths is not None:
+            factors = factors_of_products(self.lengths, factors)
         weighted = self.e if factors is None else self.e * factors.unsqueeze(2)
         if self.has("weight"):
             targets["weight"].add_(torch.bmm(weighted.transpose(1, 2), self.a))

@@ -18,6 +18,7 @@ from fedray.training.rules.images import (
 from fedray.training.rules.matrices import addmm, bmm, mm
 from fedray.training.rules.rows import embedding, embedding_backward, layer_norm_backward, nll, nll_backward
 from fedray.training.rules.values import (
+    copied,
     dims,
     expand,
     gather,
@@ -94,7 +95,7 @@ RULES: dict[str, Rule] = {
     "aten.constant_pad_nd.default": leading,
     "aten.tril.default": leading,
     "aten.triu.default": leading,
-    "aten._to_copy.default": leading,
+    "aten._to_copy.default": copied,
     "aten.native_layer_norm.default": lambda call: (
         leading(call) if call.args[2] is None and call.args[3] is None else None
     ),

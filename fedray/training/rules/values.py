@@ -109,6 +109,11 @@ def leading(call: Call) -> str | None:
     return call.direct(call.packed(first), *others, **call.kwargs)
 
 
+def copied(call: Call) -> str | None:
+    named = {name: value for name, value in call.kwargs.items() if name != "memory_format"}  # of a record's rank
+    return call.direct(call.args[0], **named)
+
+
 def index(call: Call) -> str | None:
     """A constant table looked up by indices of records, in its first dimensions."""
     table, indices = call.args
