@@ -31,9 +31,9 @@ import numpy as np
 import torch
 import workload
 
+from fedray.algorithms.aggregation import gather
 from fedray.data.shards import RecordRules
 from fedray.models.layout import Layout
-from fedray.orchestrator.rounds import gather
 from fedray.pool.pool import Patience
 from fedray.pool.ray_pool import RayPool
 from fedray.pool.worker import WorkerSetup

@@ -15,8 +15,8 @@ import torch
 
 from fedray.algorithms.aggregation import FedAvg, gather
 from fedray.data.shards import Shard, ShardCache
+from fedray.orchestrator.charged_rounds import participation
 from fedray.orchestrator.plan import Plan
-from fedray.orchestrator.rounds import participation
 from fedray.pool import worker
 from fedray.privacy import mechanism
 from fedray.privacy.levels import Adjacency, level_of

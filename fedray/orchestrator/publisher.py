@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from fedray.errors import UserCodeError
 from fedray.orchestrator.budget import EpsilonCurve
@@ -13,7 +15,7 @@ from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.session import Session
 from fedray.privacy.accounting import Charges
 from fedray.reports.progress import Progress
-from fedray.reports.tracking import Tracker
+from fedray.reports.tracking import new_tracker
 from fedray.rundir.checkpoint import Checkpoint
 from fedray.tasks.evaluation import Evaluation
 
@@ -59,28 +61,38 @@ class Publisher:
     Args:
         plan: Of the run.
         session: Where it stands.
-        evaluation: Scores parameters.
         curve: Gives epsilon.
         progress: Told of each round.
-        tracker: Told of each round.
+        device: Where parameters are scored.
+
+    As a context it publishes what waits at its end, whatever ends it, and closes the tracker.
     """
 
     def __init__(
         self,
         plan: Plan,
         session: Session,
-        evaluation: Evaluation,
         curve: EpsilonCurve,
         progress: Progress,
-        tracker: Tracker,
+        device: torch.device,
     ) -> None:
         self._plan = plan
         self._session = session
-        self._evaluation = evaluation
+        training = plan.training
+        self._evaluation = Evaluation(plan.model, plan.test_tensors(), training.loss, plan.class_labels, device)
         self._curve = curve
         self._progress = progress
-        self._tracker = tracker
+        self._tracker = new_tracker(plan.config.track, session.files.path)
         self._waiting: tuple[Outcome, Checkpoint, Charges] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        try:
+            self.flush()
+        finally:
+            self._tracker.close()
 
     def take(self, outcome: Outcome) -> None:
         """Take a finished round; `flush` publishes it."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +14,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.algorithms.aggregation import FedAvg, GroupResult, gather
+from fedray.algorithms.aggregation import FedAvg
 from fedray.config.settings import RunConfig
 from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, RunInterruptedError
 from fedray.models.calls import Loss
 from fedray.orchestrator.budget import EpsilonCurve
+from fedray.orchestrator.charged_rounds import ChargedRounds
 from fedray.orchestrator.panel import closing_sentences, panel_rows
-from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts
-from fedray.orchestrator.publisher import Clock, Outcome, Publisher
+from fedray.orchestrator.publisher import Publisher
 from fedray.orchestrator.session import Session, planned
-from fedray.pool.hardware import hardware_of
-from fedray.pool.pool import Pool, PoolInfo
+from fedray.pool.pool import Pool
 from fedray.privacy import accounting, mechanism
-from fedray.privacy.levels import level_of
-from fedray.privacy.streams import RoundKeys, mac
-from fedray.privacy.tally import Ranges, ranges_of
 from fedray.reports.progress import Progress, Silent
-from fedray.reports.tracking import check_available, new_tracker
+from fedray.reports.tracking import check_available
 from fedray.rundir import cards, manifest
-from fedray.tasks.evaluation import Evaluation
 
 Float32Array = npt.NDArray[np.float32]
 log = logging.getLogger("fedray")
@@ -143,100 +137,20 @@ class Orchestrator:
 
     def _rounds(self, pool: Pool, curve: EpsilonCurve, session: Session) -> str | None:
         """Run the rounds that are left (McMahan et al. 2017, Algorithm 1); return why they ended early, if so."""
-        plan, server, clock = self.plan, FedAvg(), Clock()
-        device = _own_device(pool.info())
-        evaluation = Evaluation(plan.model, plan.test_tensors(), plan.training.loss, plan.class_labels, device)
-        tracker = new_tracker(plan.config.track, session.files.path)
-        publisher = Publisher(plan, session, evaluation, curve, self._progress, tracker)
-        stopped = None
-        try:
-            for index in session.rounds_left(plan.config.rounds):
-                info = pool.info()
-                keys, cohort = self._charge(session, curve, info)
-                clock.lap("charge")
-                pool.begin(keys, session.params, cohort)
-                clock.lap("broadcast")
-                session.note_ledger()  # the charge itself is on the disk already
-                publisher.flush()  # score, metrics and checkpoint of the round before, while gateways train
-                clock.lap("publish")
-                results = pool.collect()
-                while pool.info() != info:  # an actor came back where it rounds otherwise than was charged
-                    info = pool.info()
-                    keys, cohort = self._charge(session, curve, info)
-                    pool.begin(keys, session.params, cohort)
-                    results = pool.collect()
-                clock.lap("train")
-                total, weight, arrived = gather(results, plan.layout, device, index)
-                keys = self._settle(session, curve, keys, cohort, arrived, results)
-                del results  # so that the object store can use their memory for the next ones
-                mean = mechanism.aggregate(plan.spec, keys, total, weight, ranges_of(arrived))
-                session.advance(index, server.step(session.params, mean))
-                clock.lap("aggregate")
-                publisher.take(Outcome(round=index, seconds=clock.take(), cohort=len(cohort)))
-        except BudgetExhaustedError as reason:
-            stopped = str(reason)
-        finally:
+        plan, server = self.plan, FedAvg()
+        rounds = ChargedRounds(plan, session, curve, pool)
+        with Publisher(plan, session, curve, self._progress, rounds.device) as publisher:
             try:
-                publisher.flush()
-            finally:
-                tracker.close()
-        return stopped
-
-    def _charge(self, session: Session, curve: EpsilonCurve, info: PoolInfo) -> tuple[RoundKeys, Sequence[int]]:
-        """Charge the next round before it starts, unless it was when a run was cut off; return its keys and cohort."""
-        plan, keys = self.plan, session.keys()
-        # A secret cohort is what amplifies: each attempt is charged as a sample of its own, so each attempt draws one. A
-        # public cohort amplifies nothing and has to be known to be charged: it is the round's, whatever the attempt.
-        secret = plan.spec.secret_participation
-        cohort = range(plan.config.gateways) if secret else participation(plan, keys)
-        attempt = session.ledger.charge(
-            round_index=keys.round_index,
-            gateways=ranges_of(cohort),
-            steps=plan.config.local_steps,
-            level=plan.spec.noise_level,
-            inputs=inputs_digest(plan, session.params, info, ranges_of(cohort)),
-            afford=lambda: curve.check_budget(session.ledger, keys.round_index),
-        )
-        keys = session.keys(attempt)
-        if secret:
-            cohort = participation(plan, keys)
-            session.files.append_private(
-                {"round": keys.round_index, "attempt": attempt, "cohort": list(map(int, cohort))}
-            )
-        return keys, cohort
-
-    def _settle(
-        self,
-        session: Session,
-        curve: EpsilonCurve,
-        keys: RoundKeys,
-        cohort: Sequence[int],
-        arrived: Sequence[int],
-        results: Sequence[GroupResult],
-    ) -> RoundKeys:
-        """Record who arrived before noise is drawn for them; return the keys of that noise."""
-        spec, everybody = self.plan.spec, len(arrived) == len(cohort)
-        central = level_of(spec).central_noise
-        if not everybody and not spec.secret_participation:
-            missing = ",".join(f"{first}-{last}" for first, last in ranges_of(sorted({*cohort} - {*arrived})))
-            causes = [cause for result in results for cause in result.failures]
-            log.warning("event=left_out round=%d gateways=%s causes=%s", keys.round_index, missing, json.dumps(causes))
-        if not arrived and len(cohort) and not central:
-            raise RunFailedError(f"no gateway arrived in round {keys.round_index}, so there is nothing to average.")
-        ranges: Ranges = ranges_of(arrived)
-        attempt = session.ledger.arrive(
-            round_index=keys.round_index,
-            attempt=keys.attempt,
-            arrived=() if spec.secret_participation else ranges,
-            label=mac(self.plan.setup_key, repr((keys.round_index, ranges)).encode()),
-            everybody=everybody,
-            central_noise=central,
-            afford=lambda: curve.check_budget(session.ledger, keys.round_index),
-        )
-        session.note_ledger()
-        # Of another attempt, should one have been charged: its noise. Its cohort stays the first one's, which is why
-        # participation amplifies nothing where gateways may be left out.
-        return session.keys(attempt)
+                for index in session.rounds_left(plan.config.rounds):
+                    rounds.begin()  # charge, draw the cohort, broadcast the parameters
+                    publisher.flush()  # score and write the round before, while gateways train
+                    total, weight, arrived = rounds.collect()
+                    mean = mechanism.aggregate(plan.spec, rounds.keys, total, weight, arrived)
+                    session.advance(index, server.step(session.params, mean))
+                    publisher.take(rounds.end())
+            except BudgetExhaustedError as reason:
+                return str(reason)
+        return None
 
     def _finish(self, session: Session, stopped: str | None) -> Run:
         plan, files = self.plan, session.files
@@ -277,38 +191,6 @@ class Orchestrator:
         self._progress.finish([self._restored.already_complete()])
         self._stack.close()
         return Run(model=plan.model.eval(), history=tuple(state.history), privacy=card, path=path)
-
-
-def participation(plan: Plan, keys: RoundKeys) -> Sequence[int]:
-    """Return the cohort under these keys: everybody, or each gateway with probability --participation (keyed Poisson)."""
-    config = plan.config
-    if config.participation >= 1.0:
-        return range(config.gateways)
-    chosen: list[int] = keys.stream("participation", 0).bernoulli(0, config.gateways, config.participation).tolist()
-    return chosen
-
-
-def inputs_digest(plan: Plan, params: Float32Array, info: PoolInfo, gateways: Ranges) -> str:
-    """Return the SHA-256 of everything public that a round's result depends on besides its key."""
-    constants = {
-        **plan.constants(),
-        "device": info.device,
-        "groups": [(group.start, group.stop) for group in info.groups],
-        "gateways": gateways,
-        # Another build, processor or cut into sub-groups may round differently, and the same noise must not meet
-        # another value.
-        "versions": cards.versions(),
-        "hardware": info.hardware,
-        "orchestrator": hardware_of(_own_device(info)),
-    }
-    found = hashlib.sha256(json.dumps(constants, sort_keys=True).encode())
-    found.update(params.data)
-    return found.hexdigest()
-
-
-def _own_device(info: PoolInfo) -> torch.device:
-    """Return where the orchestrator averages and scores: on its GPU when it has one and gateways train on theirs."""
-    return torch.device("cuda" if info.device == "cuda" and torch.cuda.is_available() else "cpu")
 
 
 def _remedy(session: Session | None) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedray.orchestrator.rounds import rounds
+from fedray.orchestrator import charged_rounds
 from fedray.orchestrator.session import Session
 from fedray.privacy import accounting, clipping, levels, mechanism, noise, streams
 from fedray.privacy.accounting import Charges
@@ -122,7 +122,7 @@ def repeated_under_the_new_incarnation(patch: Patch, engine: str) -> None:
 
 def cohort_without_the_attempt(patch: Patch, engine: str) -> None:
     """Each attempt at a round has the same secret cohort."""
-    draw = rounds.participation
+    draw = charged_rounds.participation
     replace_everywhere(patch, draw, lambda plan, keys: draw(plan, replace(keys, attempt=0)))
 
 

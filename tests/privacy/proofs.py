@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 
 from fedray import Orchestrator, RunConfig
+from fedray.algorithms.aggregation import gather
 from fedray.data.shards import Shard
 from fedray.errors import GatewayError, InputError, RunInterruptedError
 from fedray.models.checks import check as check_model
 from fedray.models.layout import Layout
-from fedray.orchestrator.rounds import gather
 from fedray.privacy import mechanism, noise
 from fedray.privacy.noise import LocalNoise
 from fedray.privacy.sampling import PoissonSampler

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedray.config.settings import RunConfig
+from fedray.orchestrator.charged_rounds import inputs_digest
 from fedray.orchestrator.preparing import UserParts, prepare
-from fedray.orchestrator.rounds import inputs_digest
 from fedray.pool.hardware import hardware_of
 from fedray.pool.inline_pool import InlinePool
 from fedray.pool.pool import PoolInfo
