@@ -14,7 +14,8 @@ from fedray.errors import InputError
 from fedray.orchestrator.panel import privacy_rows
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts
-from fedray.orchestrator.session import Reopened, new_run_path, planned
+from fedray.orchestrator.resuming import ResumedRun, planned
+from fedray.orchestrator.session import new_run_path
 from fedray.pool.pool import Inspection
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
@@ -41,7 +42,7 @@ def dry_run(config: RunConfig, explicit: Collection[str]) -> None:
         _show(plan, reopened)
 
 
-def _show(plan: Plan, reopened: Reopened | None) -> None:
+def _show(plan: Plan, reopened: ResumedRun | None) -> None:
     config, pool = plan.config, plan.new_pool()
     done = 0 if reopened is None else reopened.state.checkpoint.round
     charges = plan.charges if reopened is None else reopened.charges_at_end(config)

@@ -23,7 +23,8 @@ from fedray.orchestrator.charged_rounds import ChargedRounds
 from fedray.orchestrator.panel import closing_sentences, panel_rows
 from fedray.orchestrator.preparing import UserParts
 from fedray.orchestrator.publisher import Publisher
-from fedray.orchestrator.session import Session, planned
+from fedray.orchestrator.resuming import planned
+from fedray.orchestrator.session import Session
 from fedray.pool.pool import Pool
 from fedray.privacy import accounting, mechanism
 from fedray.reports.progress import Progress, Silent

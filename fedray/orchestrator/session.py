@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,12 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedray.config.settings import RunConfig, flag
-from fedray.errors import InputError
+from fedray.config.settings import RunConfig
 from fedray.orchestrator.plan import Plan
-from fedray.orchestrator.preparing import UserParts, prepare
+from fedray.orchestrator.resuming import ResumedRun
 from fedray.pool.pool import PoolInfo
-from fedray.privacy.accounting import Charges
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.streams import (
     RoundKeys,
@@ -28,165 +25,9 @@ from fedray.privacy.streams import (
     new_incarnation,
     next_round_key,
 )
-from fedray.rundir import cards, manifest
+from fedray.rundir import cards
 from fedray.rundir.checkpoint import Checkpoint
-from fedray.rundir.directory import Restored, RunDirectory
-
-# What may differ when a run goes on: where and how it is computed, never what it computes or promises.
-_FREE = frozenset(
-    {
-        "pool",
-        "ray_address",
-        "gateways_per_actor",
-        "device",
-        "engine",
-        "memory_limit",
-        "max_failures",
-        "round_timeout",
-        "placement_timeout",
-        "quiet",
-        "track",
-        "resume",
-        "rounds",
-        "dry_run",
-    }
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reopened:
-    """A run directory that was read back, under its lock."""
-
-    files: RunDirectory
-    state: Restored
-
-    def extends(self, config: RunConfig) -> bool:
-        """Tell whether the run had ended and gets more rounds."""
-        saved = self.state.checkpoint.card["config"]["rounds"]
-        return self.state.finished and config.rounds > max(saved, self.state.checkpoint.round)
-
-    def is_complete(self, config: RunConfig) -> bool:
-        """Tell whether nothing is left to do: no round, and no file of the finished run to write again."""
-        return self.state.finished and not self.extends(config) and manifest.holds(self.files.path)
-
-    def check_goes_on(self, plan: Plan, macs: dict[int, str] | None) -> None:
-        """Check that the run can go on: its key was kept, and model and data are what it began with.
-
-        Args:
-            plan: Of the run that goes on.
-            macs: Of lazy shards; None when they were not loaded, and so cannot be compared.
-
-        Raises:
-            InputError: It cannot.
-        """
-        different = self.files.differences(plan.identity(macs or {}))
-        if macs is None:
-            different = [name for name in different if not name.startswith("shard ")]
-        if different:
-            raise InputError(
-                f"{', '.join(different[:5])} of {self.files.path} {'is' if len(different) == 1 else 'are'} not what the run "
-                "began with; a run goes on with the same model and data only: restore them."
-            )
-        if not self.state.finished and self.state.checkpoint.round_key is None:
-            raise InputError(f"{self.files.path} was run with --no-keep-key, so it cannot be resumed; start a new run.")
-
-    def charges_at_end(self, config: RunConfig) -> Charges:
-        """Return what the finished run will have been charged, its repeated rounds included."""
-        done = self.state.checkpoint.round
-        charged, left = self.state.ledger.charges(through=done), config.rounds - done
-        return Charges(steps=charged.steps + left * config.local_steps, rounds=charged.rounds + left)
-
-    def already_complete(self) -> str:
-        """Say what can be done with a complete run."""
-        return f"{self.files.path} is complete already; give --rounds N to add rounds to it."
-
-
-def planned(
-    config: RunConfig, parts: UserParts, explicit: Collection[str] | None, stack: ExitStack
-) -> tuple[Plan, Reopened | None]:
-    """Return the plan of a new run, or of the one that --resume goes on with, and that run's directory.
-
-    Args:
-        config: What the caller asks for.
-        parts: What a Python caller brought.
-        explicit: See `settings_of`.
-        stack: Holds the lock of a resumed directory.
-
-    Raises:
-        InputError: The run cannot start or go on.
-    """
-    if config.resume is None:
-        return prepare(config, parts), None
-    reopened = reopen(config.resume, stack, mend=not config.dry_run)
-    config, sigma = settings_of(reopened, config, explicit)
-    return prepare(config, parts, reopened.state.setup_key, sigma), reopened
-
-
-def reopen(path: Path, stack: ExitStack, mend: bool = True) -> Reopened:
-    """Lock a run directory (until `stack` closes) and read it back.
-
-    Args:
-        path: Of the directory.
-        stack: Holds the lock.
-        mend: Whether to remove what a crash left torn.
-
-    Raises:
-        InputError: It is no run directory, or in use.
-        DamagedRunError: A file is damaged beyond repair.
-    """
-    files = RunDirectory(path.absolute())
-    stack.enter_context(files.lock())
-    return Reopened(files=files, state=files.restore(mend))
-
-
-def settings_of(
-    reopened: Reopened, asked: RunConfig, explicit: Collection[str] | None
-) -> tuple[RunConfig, float | None]:
-    """Return the settings that a resumed run goes on with, and its noise multiplier.
-
-    Args:
-        reopened: The run directory.
-        asked: What the caller asks for.
-        explicit: Names of the settings that the caller insists on; None for those that differ from their defaults.
-
-    Raises:
-        InputError: The caller insists on another value than the run's.
-    """
-    saved: dict[str, Any] = dict(reopened.state.checkpoint.card["config"])
-    sigma = saved["noise_multiplier"]
-    fields = dataclasses.fields(RunConfig)
-    if explicit is None:
-        explicit = {field.name for field in fields if getattr(asked, field.name) != field.default}
-    path = reopened.files.path
-    for name in sorted(explicit):
-        value = getattr(asked, name)
-        value = str(value) if isinstance(value, Path) else value
-        if name not in _FREE and value != saved[name]:
-            raise InputError(
-                f"{flag(name)} is {value} but {path} was begun with {saved[name]}; what a run computes cannot change: "
-                "leave it out, or start a new run."
-            )
-    if saved["target_epsilon"] is not None:
-        saved["noise_multiplier"] = None
-    saved["out"] = None
-    if "rounds" in explicit:
-        _check_rounds(asked.rounds, saved["rounds"], reopened)
-        saved["rounds"] = asked.rounds
-    saved |= {name: getattr(asked, name) for name in explicit if name in _FREE and name != "rounds"}
-    saved["resume"] = path
-    try:
-        return RunConfig(**saved), sigma
-    except TypeError as error:
-        raise InputError(f"{path} was written by another version of fedray ({error}); go on with that one.") from error
-
-
-def _check_rounds(rounds: int, saved: int, reopened: Reopened) -> None:
-    done, finished = reopened.state.checkpoint.round, reopened.state.finished
-    if rounds < done or (not finished and rounds != saved):
-        raise InputError(
-            f"--rounds is {rounds} but {reopened.files.path} has done {done} of {saved} rounds; only a finished run can be "
-            "extended, and only to more rounds than it has: resume it without --rounds first."
-        )
+from fedray.rundir.directory import RunDirectory
 
 
 @dataclass(kw_only=True)
@@ -220,7 +61,7 @@ class Session:
 
     @classmethod
     def open(
-        cls, plan: Plan, reopened: Reopened | None, info: PoolInfo, macs: dict[int, str], stack: ExitStack
+        cls, plan: Plan, reopened: ResumedRun | None, info: PoolInfo, macs: dict[int, str], stack: ExitStack
     ) -> Session:
         """Create the run directory, or go on with one; it stays locked until `stack` closes.
 
@@ -257,7 +98,7 @@ class Session:
         return cls._resumed(plan, reopened, info, macs)
 
     @classmethod
-    def _resumed(cls, plan: Plan, reopened: Reopened, info: PoolInfo, macs: dict[int, str]) -> Session:
+    def _resumed(cls, plan: Plan, reopened: ResumedRun, info: PoolInfo, macs: dict[int, str]) -> Session:
         files, state, config = reopened.files, reopened.state, plan.config
         reopened.check_goes_on(plan, macs)
         last = state.checkpoint
