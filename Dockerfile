@@ -21,7 +21,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python3 -m venv /opt/fedray
 WORKDIR /src
 # Dependencies first, for an empty package: a change of fedray's own code does not install torch and Ray again.
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 RUN mkdir fedray && touch fedray/__init__.py && /opt/fedray/bin/pip install ".[${EXTRAS}]" && rm -rf /src/*
 RUN /opt/fedray/bin/python -c "import sys, torch; found = torch.version.cuda; \
     right = found is None if '${TORCH}' == 'cpu' else found is not None and float(found) >= 12.1; \
@@ -32,7 +32,7 @@ RUN cd /opt/fedray/lib/python3*/site-packages \
     && find torch/bin -mindepth 1 ! -name torch_shm_manager -delete \
     && rm -rf torch/test torch/include torch/share ray/jars ray/cpp \
     && find numpy scipy sklearn sympy networkx -type d -name tests -prune -exec rm -rf {} +
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY fedray fedray
 RUN /opt/fedray/bin/pip install --no-deps --force-reinstall . \
     && cd / && /opt/fedray/bin/python -c "import fedray; print(fedray.__version__, fedray.RunConfig())"

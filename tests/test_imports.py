@@ -76,6 +76,21 @@ def test_imports_of_other_parts_point_down() -> None:
                 assert _part(imported) in below, f"fedray.{module} imports fedray.{imported}, whose part lies above"
 
 
+def test_the_picture_of_the_parts_is_the_codes() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT.parent / "docs" / "architecture.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_file_is_longer_than_a_reader_holds() -> None:
+    long = {str(path): lines for path in ROOT.rglob("*.py") if (lines := len(path.read_text().splitlines())) > 350}
+    assert not long
+
+
 def test_imports_have_no_cycle() -> None:
     graph = {module: _own_imports(path) - {module} for module, path in _modules().items()}
     while graph:
