@@ -18,7 +18,7 @@ from fedray.training.gateway_rules import MIXED, MixedCall, each_convolution, ea
 from fedray.training.program import Instruction, Program, operator, replaced, values_in
 from fedray.training.rules.call import Call, written
 from fedray.training.rules.images import max_pool2d_backward
-from fedray.training.rules.table import RULES
+from fedray.training.rules.table import RULES, VALUE_BY_VALUE
 
 Run = Callable[..., tuple[Any, ...]]
 Params = Literal["shared", "gateways", "records"]
@@ -123,7 +123,7 @@ class Batched:
         specs, pointwise = self.program.specs, torch.Tag.pointwise in operator(instruction.op).tags
         if records and gateways:
             mixed = MixedCall(instruction, self.of_records, self.of_gateways, specs, self._bound)
-            rule = MIXED.get(instruction.op)
+            rule = MIXED.get(instruction.op, VALUE_BY_VALUE.get(instruction.op))
             return rule(mixed) if rule is not None else mixed.pointwise() if pointwise else None
         batched, n = (self.of_records, "n") if records else (self.of_gateways, "m")
         call = Call(instruction, batched, specs, self._bound, n)

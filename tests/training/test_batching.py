@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
+from fedray.data.shards import Shard
+from fedray.models.calls import cross_entropy
 from fedray.training.batching import Batched
+from fedray.training.engines import traced
 from fedray.training.gateway_rules import MIXED
 from fedray.training.program import Instruction, Program, Spec, Value, operator
 from fedray.training.rules.table import RULES
@@ -27,7 +32,12 @@ def whole(high: int, *shape: int) -> Callable[[torch.Generator], torch.Tensor]:
     return lambda random: torch.randint(high, shape, generator=random)
 
 
-N, W = normal, whole
+def share(*shape: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """Return a source of values between 0 and 1."""
+    return lambda random: torch.rand(*shape, generator=random)
+
+
+N, W, U = normal, whole, share
 # Operation, and its arguments for one record: sources give tensors, of which every choice is tried as of records or constant.
 CALLS: list[tuple[str, list[Any]]] = [
     ("view.default", [N(2, 6), [3, 4]]),
@@ -107,6 +117,28 @@ CALLS: list[tuple[str, list[Any]]] = [
     ("where.self", [lambda r: torch.randn(2, 3, generator=r) > 0, N(3), N(())]),
     ("gelu.default", [N(2, 3)]),
     ("lerp.Tensor", [N(2, 3), N(3), N(2, 1)]),
+    ("elu_backward.default", [N(2, 3), 1.0, 1.0, 1.0, False, N(2, 3)]),
+    ("hardshrink_backward.default", [N(2, 3), N(2, 3), 0.5]),
+    ("hardsigmoid_backward.default", [N(2, 3), N(2, 3)]),
+    ("hardswish.default", [N(2, 3)]),
+    ("hardswish_backward.default", [N(2, 3), N(2, 3)]),
+    ("hardtanh_backward.default", [N(2, 3), N(2, 3), -1.0, 1.0]),
+    ("leaky_relu_backward.default", [N(2, 3), N(2, 3), 0.1, False]),
+    ("log_sigmoid_backward.default", [N(2, 3), N(2, 3), N(2, 3)]),
+    ("mish_backward.default", [N(2, 3), N(2, 3)]),
+    ("softplus_backward.default", [N(2, 3), N(2, 3), 1.0, 20.0]),
+    ("softshrink_backward.default", [N(2, 3), N(2, 3), 0.5]),
+    ("binary_cross_entropy.default", [U(2, 3), U(2, 3), None, 0]),
+    ("binary_cross_entropy_backward.default", [N(2, 3), U(2, 3), U(2, 3), None, 0]),
+    ("huber_loss.default", [N(3), N(3), 0, 1.0]),
+    ("huber_loss_backward.default", [N(3), N(3), N(3), 0, 1.0]),
+    ("mse_loss.default", [N(3), N(3), 0]),
+    ("mse_loss.default", [N(3), N(3), 1]),
+    ("mse_loss_backward.default", [N(3), N(3), N(3), 0]),
+    ("smooth_l1_loss.default", [N(3), N(3), 0, 1.0]),
+    ("smooth_l1_loss_backward.default", [N(3), N(3), N(3), 0, 1.0]),
+    ("glu.default", [N(4, 3), 0]),
+    ("glu_backward.default", [N(2, 3), N(4, 3), 0]),
     # Without a rule; torch.vmap would fill all records with one record's value.
     ("index_fill.int_Tensor", [N(4, 3), 0, lambda _: torch.tensor([2, 0]), N(())]),
     ("roll.default", [N(4, 3), [1], [0]]),
@@ -125,6 +157,7 @@ WHOLE: list[tuple[str, Callable[[torch.Generator], list[Any]]]] = [
     ("max_pool2d_with_indices.default", lambda r: [N(1, 2, 4, 4)(r), [2, 2], [2, 2], [0, 0], [1, 1], False]),
     ("max_pool3d_with_indices.default", lambda r: [N(1, 2, 4, 4, 4)(r), [2] * 3, [2] * 3, [0] * 3, [1] * 3, False]),
     ("nll_loss_forward.default", lambda r: [N(3, 4)(r), W(4, 3)(r), None, 0, -100]),
+    ("log_sigmoid_forward.default", lambda r: [N(2, 3)(r)]),
     (
         "convolution_backward.default",
         lambda r: [N(1, 6, 4, 4)(r), N(1, 4, 6, 6)(r), N(6, 2, 3, 3)(r), [6], *CONVOLUTION, 2, [True] * 3],
@@ -149,7 +182,8 @@ def run(op: str, single: list[Any], kinds: dict[int, str], m: int, b: int, rando
 
     def more(value: torch.Tensor, number: int) -> torch.Tensor:
         if value.is_floating_point():
-            return torch.randn(number, *value.shape, generator=random)
+            make = torch.rand if op.startswith("binary") else torch.randn
+            return make(number, *value.shape, generator=random)
         # Any whole numbers of the record's would do; each record has its own order.
         return torch.stack(
             [value.flatten()[torch.randperm(value.numel(), generator=random)].view_as(value) for _ in range(number)]
@@ -232,6 +266,41 @@ def test_rule_with_several_results_gives_what_each_record_gives(op: str, make: C
     for weights in ("gateway", "constant") if fixed else ("record",):
         kinds = {p: weights if p in fixed else "record" for p, v in enumerate(single) if isinstance(v, torch.Tensor)}
         run(op, single, kinds, 2, 3, random)
+
+
+ACTIVATIONS = [
+    *(nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.LogSigmoid, nn.Sigmoid, nn.GLU, nn.PReLU),
+]  # fmt: skip
+LOSSES = [
+    *(functional.mse_loss, functional.huber_loss, functional.smooth_l1_loss, functional.l1_loss),
+    *(functional.binary_cross_entropy_with_logits, functional.poisson_nll_loss),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_usual_activations_do_not_run_record_by_record(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), activation(), nn.Linear(4 if activation is nn.GLU else 8, 3)).train()
+    shard = Shard(x=torch.randn(3, 6), y=torch.tensor([0, 2, 1]))
+    program = traced("alone", model, cross_entropy, shard)
+    assert program is not None
+    assert not Batched(program).without_rule + Batched(program, "gateways").without_rule
+
+
+def of_shares(output: torch.Tensor, y: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Binary cross-entropy of probabilities, whose kernel takes no NaN."""
+    return functional.binary_cross_entropy(output.sigmoid(), y, reduction=reduction)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, of_shares])
+def test_usual_losses_do_not_run_record_by_record(loss: Callable[..., torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 1), nn.Flatten(0)).train()
+    shard = Shard(x=torch.randn(3, 6), y=torch.tensor([0.0, 1.0, 1.0]))
+    program = traced("alone", model, lambda output, y: loss(output, y, reduction="none"), shard)
+    assert program is not None
+    assert not Batched(program).without_rule + Batched(program, "gateways").without_rule
 
 
 BY_FAMILIES = {

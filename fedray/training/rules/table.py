@@ -22,9 +22,11 @@ from fedray.training.rules.values import (
     dims,
     expand,
     gather,
+    glu_backward,
     index,
     joined,
     leading,
+    log_sigmoid,
     one_dim,
     permute,
     reduction,
@@ -34,12 +36,41 @@ from fedray.training.rules.values import (
     softmax_backward,
     transpose,
     turn,
+    value_by_value,
     whole,
 )
 
 _A = "aten."
 
+# Operations on single values that lack torch's tag for them; losses with the position of their reduction.
+_VALUES: dict[str, int | None] = {
+    "elu_backward.default": None,
+    "hardshrink_backward.default": None,
+    "hardsigmoid_backward.default": None,
+    "hardswish.default": None,
+    "hardswish_backward.default": None,
+    "hardtanh_backward.default": None,
+    "leaky_relu_backward.default": None,
+    "log_sigmoid_backward.default": None,
+    "mish_backward.default": None,
+    "softplus_backward.default": None,
+    "softshrink_backward.default": None,
+    "binary_cross_entropy.default": 3,
+    "binary_cross_entropy_backward.default": 4,
+    "huber_loss.default": 2,
+    "huber_loss_backward.default": 3,
+    "mse_loss.default": 2,
+    "mse_loss_backward.default": 3,
+    "smooth_l1_loss.default": 2,
+    "smooth_l1_loss_backward.default": 3,
+}
+VALUE_BY_VALUE: dict[str, Rule] = {f"aten.{name}": value_by_value(place) for name, place in _VALUES.items()}
+"""Rules that hold for arguments of records and of their gateways alike."""
 RULES: dict[str, Rule] = {
+    **VALUE_BY_VALUE,
+    "aten.log_sigmoid_forward.default": log_sigmoid,
+    "aten.glu.default": dims(1),
+    "aten.glu_backward.default": glu_backward,
     **dict.fromkeys(
         [
             _A + name

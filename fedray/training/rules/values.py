@@ -109,6 +109,34 @@ def leading(call: Call) -> str | None:
     return call.direct(call.packed(first), *others, **call.kwargs)
 
 
+def value_by_value(reduction: int | None = None) -> Rule:
+    """Return the rule of operations on values of the same place, of records, their gateways or constant.
+
+    Args:
+        reduction: Position of the argument that says how losses are reduced; they must not be.
+    """
+
+    def rule(call: Call) -> str | None:
+        tensors = [one for one in (*call.args, *call.kwargs.values()) if isinstance(one, Value)]
+        if call.spec is None or any(call.of(one).shape != call.shape for one in tensors):
+            return None
+        if reduction is not None and call.args[reduction] != 0:
+            return None
+        args = [call.many(one) if isinstance(one, Value) else one for one in call.args]
+        return call.direct(*args, **call.kwargs)
+
+    return rule
+
+
+def log_sigmoid(call: Call) -> str | None:
+    return call.direct(call.packed(call.args[0]))
+
+
+def glu_backward(call: Call) -> str | None:
+    grad, x, dim = call.args
+    return call.direct(call.many(grad), call.many(x), later(dim))
+
+
 def copied(call: Call) -> str | None:
     named = {name: value for name, value in call.kwargs.items() if name != "memory_format"}  # of a record's rank
     return call.direct(call.args[0], **named)
