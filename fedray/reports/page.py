@@ -173,7 +173,7 @@ def _privacy(run: _RunFiles) -> str:
         if run.config.get("noise_level") == "none" and not off:
             return html.note("No promise.", "--noise-level none promises nothing: updates are exact.", "warn")
         return html.note("Unknown.", "Config or ledger cannot be read, so nothing can be said about privacy.", "bad")
-    cards = [
+    promises = [
         html.card(
             f"epsilon {cards.format_epsilon(guarantee.epsilon)} per {guarantee.unit}",
             html.paragraph(cards.sentence(guarantee)),
@@ -200,7 +200,7 @@ def _privacy(run: _RunFiles) -> str:
                 "Everything below was recomputed from the ledger and the settings. A smaller epsilon is a stronger promise; "
                 f"0 means that nothing can be learned. {steps} to the most charged gateway."
             ),
-            f'<div class="cards">{"".join(cards)}</div>',
+            f'<div class="cards">{"".join(promises)}</div>',
             "<h3>What is not covered</h3>",
             html.bullets(
                 _list(run.privacy, "not_covered") or ["unknown: the run is unfinished or its card is damaged"]
