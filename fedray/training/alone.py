@@ -41,7 +41,7 @@ class AloneGradients:
         memory_limit: Bytes that records may take at once.
     """
 
-    cache_bytes = 8 * 2**20
+    cache_bytes = 16 * 2**20
     fewest_together = 1
 
     def __init__(
