@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedray.algorithms.aggregation import FedAvg
@@ -30,9 +27,6 @@ from fedray.privacy import accounting, mechanism
 from fedray.reports.progress import Progress, Silent
 from fedray.reports.tracking import check_available
 from fedray.rundir import cards, manifest
-
-Float32Array = npt.NDArray[np.float32]
-log = logging.getLogger("fedray")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> 
     _refuse_hooks_on_parameters(model)
     if isolation == "sequence" and loss is cross_entropy:
         return None
+    # torch.fx takes a second to import: actors do without.
     from fedray.training.program_check import check_gradients
     from fedray.training.traced_code import Example
     from fedray.training.tracing import trace, trace_loss

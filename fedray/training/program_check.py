@@ -25,7 +25,7 @@ from fedray.training.program import Draw, Untraceable
 from fedray.training.record_draws import RecordDraws
 from fedray.training.record_gradients import RecordGradients
 
-_GATEWAYS, _RECORDS = 2, 2  # of each
+_GROUPS = (([0], [[0, 1, 2, 3]]), ([0, 1], [[0, 1], [2, 3]]))  # gateways, and each one's records
 _MOST_APART = 1e-2  # relative; float32 in another order is 1e-6 apart, other code 1
 _ROUNDING = 1e-5  # relative
 _CLIP_NORM = 1e17  # clips nothing, and leaves out what is not finite
@@ -80,7 +80,7 @@ class _Checked:
                     parameter.add_(noise, alpha=0.05 * float(parameter.std(correction=0)) + 0.01)
         first = torch.from_numpy(self._layout.flatten(self._model))
         # The gateways' parameters differ a little.
-        self._params = torch.stack([first * (1 + 0.05 * gateway) for gateway in range(_GATEWAYS)])
+        self._params = torch.stack([first * (1 + 0.05 * gateway) for gateway in range(2)])
 
     def against_autograd(self, record: int) -> None:
         x, y = self._record(record)
@@ -107,9 +107,7 @@ class _Checked:
         )
 
     def side_by_side(self) -> None:
-        records = [[_RECORDS * gateway + i for i in range(_RECORDS)] for gateway in range(_GATEWAYS)]
-        everybody = [record for own in records for record in own]
-        for gateways, batches in (([0], [everybody]), (list(range(_GATEWAYS)), records)):
+        for gateways, batches in _GROUPS:
             together = self._sums(gateways, batches, self._params)
             for gateway, batch in zip(gateways, batches, strict=True):
                 alone = [self._sums([gateway], [[record]], self._params)[0] for record in batch]
@@ -121,20 +119,18 @@ class _Checked:
                 )
 
     def apart(self) -> None:
-        records = [[_RECORDS * gateway + i for i in range(_RECORDS)] for gateway in range(_GATEWAYS)]
-        everybody = [record for own in records for record in own]
-        for gateways, batches in (([0], [everybody]), (list(range(_GATEWAYS)), records)):
+        for gateways, batches in _GROUPS:
             without, spoilt = (
                 self._sums(gateways, batches, self._params, without=1, spoilt=own) for own in (False, True)
             )
             self._same_bits(without, spoilt, slice(1, None))
             if not float((without[0] - spoilt[0]).norm()) <= _ROUNDING * float(without[0].norm()):
                 raise Untraceable("one record moves another's gradient, so one of its operations couples them")
-        first = self._sums([0, 1], records, self._params)
+        first = self._sums(*_GROUPS[1], self._params)
         try:
-            other = self._sums([0, 1], records, self._with_second(torch.nan))
+            other = self._sums(*_GROUPS[1], self._with_second(torch.nan))
         except (IndexError, RuntimeError):  # a kernel that takes no NaN, as that of binary_cross_entropy
-            other = self._sums([0, 1], records, self._with_second(0.5))
+            other = self._sums(*_GROUPS[1], self._with_second(0.5))
         self._same_bits(first, other, slice(0, 1))
 
     def _with_second(self, factor: float) -> torch.Tensor:
