@@ -97,7 +97,7 @@ def _stop_after(done: int, **settings: Any) -> None:
 def copies_share_no_noise(level: str, out: Path, *, stops: int = 1, backup: bool = False) -> None:
     """T2 over two copies of an unseeded run, in one of which a gateway is late: where inputs differ, so does all noise.
 
-    As in `proofs.run_noise_law`, data play no part: what is released is noise.
+    As in `proofs.noise.run_noise_law`, data play no part: what is released is noise.
 
     Args:
         level: The noise level.

@@ -13,7 +13,7 @@ import pytest
 
 from fedray.privacy.noise import LocalNoise, aggregate_noise
 from tests.privacy import checks
-from tests.privacy.proofs import draws_of
+from tests.privacy.proofs.sampler import draws_of
 from tests.privacy.worlds import keys_of, spec_of
 
 ALPHA = 0.05

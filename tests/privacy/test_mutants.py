@@ -8,37 +8,38 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ENGINES
-from tests.privacy import books, proofs, rollbacks
+from tests.privacy import books, rollbacks
 from tests.privacy.mutants import MUTANTS
+from tests.privacy.proofs import noise, sampler, sensitivity
 
 Proof = Callable[[str, Path], None]
 
 PROOFS: dict[str, Proof] = {
-    "T1 sample": lambda engine, out: proofs.local_noise_law(engine, "sample"),
-    "T1 batch": lambda engine, out: proofs.local_noise_law(engine, "batch"),
-    "T1 aggregate": lambda engine, out: proofs.aggregate_noise_law(),
-    "T1 run, sample": lambda engine, out: proofs.run_noise_law(engine, "sample", out),
-    "T1 run, batch": lambda engine, out: proofs.run_noise_law(engine, "batch", out),
-    "T1 run, gateway": lambda engine, out: proofs.run_noise_law(engine, "gateway", out),
-    "T2 sample": lambda engine, out: proofs.local_noise_independence(engine, "sample"),
-    "T2 batch": lambda engine, out: proofs.local_noise_independence(engine, "batch"),
-    "T2 streams": lambda engine, out: proofs.stream_independence(),
-    "T2 resume, sample": lambda engine, out: proofs.resumed_noise_is_fresh("sample", out),
-    "T2 resume, gateway": lambda engine, out: proofs.resumed_noise_is_fresh("gateway", out),
+    "T1 sample": lambda engine, out: noise.local_noise_law(engine, "sample"),
+    "T1 batch": lambda engine, out: noise.local_noise_law(engine, "batch"),
+    "T1 aggregate": lambda engine, out: noise.aggregate_noise_law(),
+    "T1 run, sample": lambda engine, out: noise.run_noise_law(engine, "sample", out),
+    "T1 run, batch": lambda engine, out: noise.run_noise_law(engine, "batch", out),
+    "T1 run, gateway": lambda engine, out: noise.run_noise_law(engine, "gateway", out),
+    "T2 sample": lambda engine, out: noise.local_noise_independence(engine, "sample"),
+    "T2 batch": lambda engine, out: noise.local_noise_independence(engine, "batch"),
+    "T2 streams": lambda engine, out: noise.stream_independence(),
+    "T2 resume, sample": lambda engine, out: noise.resumed_noise_is_fresh("sample", out),
+    "T2 resume, gateway": lambda engine, out: noise.resumed_noise_is_fresh("gateway", out),
     "T2 copies, sample": lambda engine, out: rollbacks.copies_share_no_noise("sample", out),
     "T2 copies, gateway": lambda engine, out: rollbacks.copies_share_no_noise("gateway", out),
     "T2 cohorts": lambda engine, out: rollbacks.each_attempt_draws_its_own_cohort(out),
-    "T3 N=200": lambda engine, out: proofs.sampler_law(200),
-    "T3 N=20": lambda engine, out: proofs.sampler_law(20),
-    "T3 empty, sample": lambda engine, out: proofs.empty_batches_are_steps(engine, "sample"),
-    "T3 empty, batch": lambda engine, out: proofs.empty_batches_are_steps(engine, "batch"),
-    "T4 sample": lambda engine, out: proofs.record_sensitivity(engine),
-    "T4 batch": lambda engine, out: proofs.batch_sensitivity(engine),
-    "T4 gateway": lambda engine, out: proofs.gateway_sensitivity(engine),
-    "T2 retry": lambda engine, out: proofs.retry_has_other_noise(out),
-    "T4 upload": lambda engine, out: proofs.upload_sensitivity(engine),
-    "T4 buffers": lambda engine, out: proofs.changing_buffers_are_refused(),
-    "T4 divisor": lambda engine, out: proofs.aggregate_divisor_is_public(),
+    "T3 N=200": lambda engine, out: sampler.sampler_law(200),
+    "T3 N=20": lambda engine, out: sampler.sampler_law(20),
+    "T3 empty, sample": lambda engine, out: sampler.empty_batches_are_steps(engine, "sample"),
+    "T3 empty, batch": lambda engine, out: sampler.empty_batches_are_steps(engine, "batch"),
+    "T4 sample": lambda engine, out: sensitivity.record_sensitivity(engine),
+    "T4 batch": lambda engine, out: sensitivity.batch_sensitivity(engine),
+    "T4 gateway": lambda engine, out: sensitivity.gateway_sensitivity(engine),
+    "T2 retry": lambda engine, out: noise.retry_has_other_noise(out),
+    "T4 upload": lambda engine, out: sensitivity.upload_sensitivity(engine),
+    "T4 buffers": lambda engine, out: sensitivity.changing_buffers_are_refused(),
+    "T4 divisor": lambda engine, out: sensitivity.aggregate_divisor_is_public(),
     "T11 sample": lambda engine, out: books.sample_guarantees(),
     "T11 batch": lambda engine, out: books.batch_guarantees(),
     "T11 gateway": lambda engine, out: books.gateway_guarantees(),

@@ -19,7 +19,7 @@ from fedray.privacy.mechanism import aggregate
 from fedray.privacy.noise import LocalNoise, aggregate_noise
 from fedray.training.engines import new_trainer
 from tests.privacy import checks
-from tests.privacy.proofs import hard_shards, neighbours_differ_at_most
+from tests.privacy.proofs.sensitivity import hard_shards, neighbours_differ_at_most
 from tests.privacy.worlds import (
     MODELS,
     NUM_FEATURES,

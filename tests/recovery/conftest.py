@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.recovery.jobs import train
+
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
@@ -18,6 +20,13 @@ def disk() -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="fedray-test-", dir=memory if memory.is_dir() else None))
     yield place
     shutil.rmtree(place)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resuming") / "finished"
+    train(path, rounds=2, seed=None)
+    return path
 
 
 @pytest.fixture(autouse=True)
