@@ -38,7 +38,7 @@ WRITES = [
 
 def speed(out: Path, max_failures: int) -> tuple[float, float]:
     """Run the job; return its median samples/s and seconds a round, the first left out."""
-    run = Orchestrator(config=RunConfig(**JOB, max_failures=max_failures, out=out)).run()
+    run = Orchestrator(config=RunConfig().resolve(**JOB, max_failures=max_failures, out=out)).run()
     shutil.rmtree(out)
     rounds = run.history[1:]
     return (
@@ -67,7 +67,7 @@ def write_share(out: Path) -> dict[str, float]:
     spent: dict[str, float] = {}
     originals = [(owner, name, timed(owner, name, spent)) for owner, name in WRITES]
     try:
-        run = Orchestrator(config=RunConfig(**JOB, out=out)).run()
+        run = Orchestrator(config=RunConfig().resolve(**JOB, out=out)).run()
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)

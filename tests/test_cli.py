@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fedray.commands.cli import explicit_fields, main, parse
-from fedray.config.settings import RunConfig, flag
+from fedray.config.rules import flag
+from fedray.config.settings import GROUPS, SETTINGS, RunConfig
 
 SMALL = ["--gateways", "3", "--rounds", "2", "--samples-per-gateway", "128", "--local-steps", "2", "--pool", "inline"]
 
@@ -45,7 +46,7 @@ def test_help_does_without_slow_imports() -> None:
 
 def test_help_lists_one_flag_a_field_and_config() -> None:
     flags = set(re.findall(r"^\W*(--[a-z-]+)", _help(), flags=re.MULTILINE))
-    assert flags == {flag(field.name) for field in dataclasses.fields(RunConfig)} | {"--config"}
+    assert flags == {flag(name) for name in SETTINGS} | {"--config"}
 
 
 def test_help_names_the_commands() -> None:
@@ -70,10 +71,15 @@ def test_help_says_that_a_cluster_must_be_private() -> None:
     assert "keep the cluster on a private network with token authentication" in words
 
 
-def test_run_config_documents_every_field() -> None:
-    source = Path(sys.modules[RunConfig.__module__].__file__ or "").read_text()
-    for field in dataclasses.fields(RunConfig):
-        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', source, flags=re.MULTILINE), field.name
+def test_help_shows_the_groups_in_their_order() -> None:
+    assert re.findall(r"─ (\w+) options", _help()) == list(GROUPS)
+
+
+def test_settings_are_all_documented() -> None:
+    for group in GROUPS.values():
+        source = Path(sys.modules[group.__module__].__file__ or "").read_text()
+        for field in dataclasses.fields(group):
+            assert re.search(rf'^    {field.name}: .*\n    """.+"""$', source, flags=re.MULTILINE), field.name
 
 
 def test_parse_without_arguments_gives_the_defaults() -> None:
@@ -87,20 +93,20 @@ def test_parse_takes_every_kind_of_value() -> None:
             *("--seed", "7", "--out", "a/b", "--quiet", "--delta=1e-6"),
         ]
     )
-    assert found == RunConfig(
+    assert found == RunConfig().resolve(
         gateways=4, gateways_per_actor=2, lr=1e-3, noise_level="batch", seed=7, out=Path("a/b"), quiet=True, delta=1e-6
     )
 
 
 def test_parse_takes_the_last_of_a_repeated_flag() -> None:
-    assert parse(["--rounds", "3", "--rounds", "4"]).rounds == 4
+    assert parse(["--rounds", "3", "--rounds", "4"]).federation.rounds == 4
 
 
 def test_parse_reads_a_file_of_settings(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("gateways = 4\nlr = 1\nnoise-level = 'gateway'\nquiet = true\ndry_run = false\nout = '--odd'\n")
     found = parse(["--config", str(file)])
-    assert found == RunConfig(gateways=4, lr=1.0, noise_level="gateway", quiet=True, out=Path("--odd"))
+    assert found == RunConfig().resolve(gateways=4, lr=1.0, noise_level="gateway", quiet=True, out=Path("--odd"))
 
 
 def test_explicit_fields_are_flags_and_never_their_values() -> None:
@@ -115,7 +121,7 @@ def test_parse_lets_flags_override_the_file(tmp_path: Path, first: bool) -> None
     file.write_text("gateways = 4\nrounds = 5\n")
     name, flags = [f"--config={file}"], ["--rounds", "6"]
     found = parse([*name, *flags] if first else [*flags, *name])
-    assert (found.gateways, found.rounds) == (4, 6)
+    assert (found.federation.gateways, found.federation.rounds) == (4, 6)
 
 
 def test_dry_run_prints_plan_placement_sigma_and_epsilon(

@@ -77,7 +77,7 @@ def federation(model: Any, loss: Any, out: Path, **changes: Any) -> fedray.Orche
         model=model,
         loss=loss,
         test=records(10, 9, words),
-        config=fedray.RunConfig(**{**settings, "noise_level": "sample", "out": out, **changes}),
+        config=fedray.RunConfig().resolve(**{**settings, "noise_level": "sample", "out": out, **changes}),
     )
 
 
@@ -158,7 +158,7 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
         pairs = [records(16, gateway, True) for gateway in range(2)]
         for x, _ in pairs:
             x["input_ids"][x["attention_mask"] == 0] = word
-        config = fedray.RunConfig(
+        config = fedray.RunConfig().resolve(
             rounds=1, local_steps=2, batch_size=4, pool="inline", seed=0, noise_level="sample", out=tmp_path / name
         )
         run = fedray.Orchestrator(pairs, model=gpt2, loss=next_word_loss, config=config).run()
@@ -169,4 +169,4 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
 def test_missing_input_is_named(tmp_path: Path) -> None:
     pairs = [({"tokens": x["input_ids"]}, y) for x, y in (records(16, 0, False), records(16, 1, False))]
     with pytest.raises(InputError, match=r"shape {'tokens': \(8,\)} raised .*called with the arguments tokens"):
-        fedray.Orchestrator(pairs, model=classifier, config=fedray.RunConfig(batch_size=4, pool="inline"))
+        fedray.Orchestrator(pairs, model=classifier, config=fedray.RunConfig().resolve(batch_size=4, pool="inline"))

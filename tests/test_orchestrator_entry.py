@@ -29,7 +29,7 @@ def config(outdir: Path, **changes: Any) -> fedray.RunConfig:
     settings = {"rounds": 3, "batch_size": 32, "pool": "inline", "seed": 0, "out": outdir}
     # The level whose epsilon takes no time to compute; what is tested here does not depend on it.
     private = {"noise_level": "gateway", "noise_multiplier": 0.2}
-    return fedray.RunConfig(**{**settings, **private, **changes})
+    return fedray.RunConfig().resolve(**{**settings, **private, **changes})
 
 
 class Lazy:
@@ -59,7 +59,7 @@ def test_orchestrator_trains_gateways_with_a_model(outdir: Path) -> None:
 
 def test_orchestrator_takes_pairs_and_counts_them(outdir: Path) -> None:
     run = fedray.Orchestrator([records(64) for _ in range(3)], model=make, config=config(outdir, gateways=99))
-    assert run.plan.config.gateways == 3
+    assert run.plan.config.federation.gateways == 3
 
 
 def test_orchestrator_takes_deferred_gateways(outdir: Path) -> None:

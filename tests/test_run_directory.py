@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedray
+from fedray.config.settings import SETTINGS
 from fedray.privacy.streams import first_round_key, new_root_key, next_round_key
 
 SHARDS = [(np.eye(3, 5, dtype=np.float32)[np.arange(64) % 3], np.arange(64) % 3) for _ in range(3)]
@@ -45,7 +45,7 @@ class Tied(nn.Module):
 
 def train(out: Path, level: str, model: Any = make, **changes: Any) -> fedray.Run:
     settings: dict[str, Any] = {"noise_level": level, "rounds": 2, "local_steps": 2, "batch_size": 16, "seed": 0}
-    config = fedray.RunConfig(pool="inline", out=out, **{**settings, **changes})
+    config = fedray.RunConfig().resolve(pool="inline", out=out, **{**settings, **changes})
     return fedray.Orchestrator(SHARDS, model=model, test=SHARDS[0], config=config).run()
 
 
@@ -79,8 +79,8 @@ def test_run_directory_appears_alone(run: fedray.Run) -> None:
 
 def test_config_holds_every_field_resolved(run: fedray.Run) -> None:
     card = read(run.path / "config.json")
-    assert {"config", "versions", "machine"} <= set(card)
-    assert set(card["config"]) == {field.name for field in dataclasses.fields(fedray.RunConfig)}
+    assert {"format", "config", "versions", "machine"} <= set(card)
+    assert set(card["config"]) == set(SETTINGS)
     assert card["config"]["gateways"] == 3
     assert card["config"]["out"] == str(run.path)
     assert card["config"]["noise_multiplier"] == (None if card["config"]["noise_level"] == "none" else 1.0)

@@ -117,7 +117,7 @@ class Job:
         Raises:
             Refused: fedray does not take the family.
         """
-        config = RunConfig(
+        config = RunConfig().resolve(
             gateways=_PLANNED,
             local_steps=self.local_steps,
             batch_size=self.batch,

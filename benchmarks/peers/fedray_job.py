@@ -50,7 +50,7 @@ def local_training(job: workload.Workload, num_records: int) -> LocalTraining:
 
 def run_config(job: workload.Workload, num_records: int, out: Path) -> RunConfig:
     """Return the settings of the whole program: one actor a process of the workload, on CPU."""
-    return RunConfig(
+    return RunConfig().resolve(
         gateways=job.gateways,
         rounds=job.rounds,
         noise_level=job.privacy,

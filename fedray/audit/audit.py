@@ -103,7 +103,7 @@ class Audit:
             "sample_rate": spec.sample_rate,
             "batch_size": spec.batch_size,
             "local_steps": spec.local_steps,
-            "rounds": self.plan.config.rounds,
+            "rounds": self.plan.config.federation.rounds,
             "engine": self.plan.setup.engine,
             "num_params": self.plan.layout.num_params,
             "alpha": ALPHA,
@@ -113,7 +113,7 @@ class Audit:
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
             "config": {key: value for key, value in self.plan.config.as_dict().items() if key != "seed"},
-            "seeded": self.plan.config.seed is not None,
+            "seeded": self.plan.config.run.seed is not None,
             "versions": cards.versions(),
         }
 

@@ -83,7 +83,7 @@ class Federation:
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
         self._worker = Worker(replace(lab.plan.setup, max_update_norm=None), lab.device)
-        self.num_gateways = min(lab.plan.config.gateways, _RECORDED)
+        self.num_gateways = min(lab.plan.config.federation.gateways, _RECORDED)
         self._recorded = self._worker.train(lab.keys("recorded"), lab.params, range(self.num_gateways))
 
     def rest(self) -> Sum:
@@ -120,7 +120,7 @@ def attack_aggregation(lab: Lab) -> list[Finding]:
 def _game(lab: Lab, federation: Federation, direction: Float64Array) -> Finding:
     """T5: is the gateway's update in the sum, or zero? In every other round it sends the opposite."""
     # A canary that would be recognised nearly always is made shorter; the claim shrinks with it.
-    rounds = lab.attacked_steps(lab.plan.config.rounds, at_least=2)
+    rounds = lab.attacked_steps(lab.plan.config.federation.rounds, at_least=2)
     full = math.sqrt(rounds) / lab.sigma
     strength = min(1.0, LARGEST_PLAYABLE_MU / full)
     length = lab.clip_norm * (_HUGE if strength == 1.0 else strength)

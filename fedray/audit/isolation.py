@@ -97,7 +97,7 @@ class StepReader:
 def attack_isolation(lab: Lab) -> list[Finding]:
     """Compare neighbouring worlds at `sample` or `batch`."""
     movement = Movement()
-    gateways = min(lab.plan.config.gateways, SIDE_BY_SIDE)
+    gateways = min(lab.plan.config.federation.gateways, SIDE_BY_SIDE)
     sizes = list(batch_sizes(lab.spec.batch_size))
     steps = _STEPS
     watched = lab.trainer(replace(lab.spec, local_steps=steps, sample_rate=1.0))
@@ -243,7 +243,7 @@ def _compare_real_rounds(lab: Lab, movement: Movement, substitutes: Substitutes)
     """
     most = max(2 * _STEPS, _REAL_BYTES // (4 * lab.num_params))  # sums of a world
     steps = min(lab.spec.local_steps, _REAL_STEPS, most // 2)
-    gateways = min(lab.plan.config.gateways, _REAL_GATEWAYS, most // steps)
+    gateways = min(lab.plan.config.federation.gateways, _REAL_GATEWAYS, most // steps)
     trainer = lab.trainer(replace(lab.spec, local_steps=steps))
     read = _observed(lab, trainer, gateways)
     real = {gateway: lab.shards[gateway] for gateway in range(gateways)}

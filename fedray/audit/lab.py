@@ -80,7 +80,7 @@ class Lab:
         self.effort = effort
         self.spec = plan.spec
         self.num_params = plan.layout.num_params
-        self.device = worker.resolve_device(plan.config.device)
+        self.device = worker.resolve_device(plan.config.machine.device)
         self.shards = ShardCache(plan.setup.shards, plan.setup.rules)
         self.warm_model: torch.nn.Module | None = None  # see scenes.warmed_up
 
@@ -114,9 +114,9 @@ class Lab:
         """Parameters `[P]` after a few rounds of the run itself, noise and all: attacks on initial ones miss what grows."""
         initial = self.plan.layout.flatten(self.plan.model)
         trainer = worker.Worker(replace(self.plan.setup, max_update_norm=None), self.device)
-        cohort = range(min(self.plan.config.gateways, _TRAINED_GATEWAYS))
+        cohort = range(min(self.plan.config.federation.gateways, _TRAINED_GATEWAYS))
         params, keys, server, start = initial, self.keys("trained"), FedAvg(), time.perf_counter()
-        for _ in range(min(_TRAINED_ROUNDS, self.plan.config.rounds)):
+        for _ in range(min(_TRAINED_ROUNDS, self.plan.config.federation.rounds)):
             total, weight, arrived = gather(
                 [trainer.train(keys, params, cohort)], self.plan.layout, torch.device("cpu")
             )

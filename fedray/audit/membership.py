@@ -70,7 +70,7 @@ class _MemberShards:
 def attack_one_run(lab: Lab) -> list[Finding]:
     """T6 with gradient directions: steps of the run at its own rate, with the attacker reading every release."""
     each = min(lab.num_params, _PER_GATEWAY)
-    gateways = max(1, min(lab.plan.config.gateways, -(-_CANARIES // each)))
+    gateways = max(1, min(lab.plan.config.federation.gateways, -(-_CANARIES // each)))
     rng = lab.rng("one run")
     inside = rng.random((gateways, each)) < 0.5
     members = [np.flatnonzero(row) if row.any() else np.array([0]) for row in inside]
@@ -82,7 +82,7 @@ def attack_one_run(lab: Lab) -> list[Finding]:
     shards = _MemberShards(lab.shards[0], members)
     params, keys, server, rounds = lab.params, lab.keys("one run"), FedAvg(), 0
     start = time.perf_counter()
-    while rounds < lab.plan.config.rounds and time.perf_counter() - start < lab.effort.game_seconds:
+    while rounds < lab.plan.config.federation.rounds and time.perf_counter() - start < lab.effort.game_seconds:
         updates = trainer.train(keys, params, range(gateways), shards)
         params = server.step(params, updates.astype(np.float64).mean(axis=0))
         keys = keys.following()

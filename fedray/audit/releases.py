@@ -135,7 +135,7 @@ def attempts(lab: Lab, attack: str, rounds: int = ROUNDS) -> Iterator[RoundKeys]
 def collect(lab: Lab) -> Releases:
     """Train a few rounds of the run's gateways at `sample` or `batch`, each charged thrice, and keep all draws."""
     kept, tensors = coordinates(lab)
-    gateways = range(min(lab.plan.config.gateways, _GATEWAYS))
+    gateways = range(min(lab.plan.config.federation.gateways, _GATEWAYS))
     found = Releases(
         batches={},
         num_records={gateway: lab.shards[gateway].num_records for gateway in gateways},

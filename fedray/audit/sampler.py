@@ -58,7 +58,7 @@ def attack_participation(lab: Lab) -> list[Finding]:
     drawn = {
         place_of(keys, 0, 0): np.array(lab.cohort(keys), np.int64) for keys in attempts(lab, "cohorts", _COHORT_ROUNDS)
     }
-    sizes = {0: lab.plan.config.gateways}
+    sizes = {0: lab.plan.config.federation.gateways}
     return findings(lab, Draws(drawn=drawn, sizes=sizes, rate=lab.spec.participation), "gateway", "zero-out", "cohort")
 
 

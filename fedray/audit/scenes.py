@@ -92,7 +92,7 @@ def warmed_up(lab: Lab) -> torch.nn.Module:
 
 
 def _num_gateways(lab: Lab) -> int:
-    return min(lab.plan.config.gateways, 16)
+    return min(lab.plan.config.federation.gateways, 16)
 
 
 def _some(shard: Shard, number: int, rng: np.random.Generator) -> Shard:

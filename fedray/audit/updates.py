@@ -30,7 +30,7 @@ _REAL_NUMBER = 10**6  # of its keys, past those of all batch sizes
 
 def attack_updates(lab: Lab) -> list[Finding]:
     """Compare updates of neighbouring worlds, and sums of clipped updates with and without a hostile one."""
-    movement, gateways = Movement(), min(lab.plan.config.gateways, SIDE_BY_SIDE)
+    movement, gateways = Movement(), min(lab.plan.config.federation.gateways, SIDE_BY_SIDE)
     spec = replace(lab.spec, local_steps=min(_STEPS, lab.spec.local_steps), sample_rate=1.0)
     # Where one gateway's gradients overflow, sums may be taken in another order; Adam would blow up the difference where a
     # gradient is nothing but rounding.
@@ -65,7 +65,10 @@ def attack_updates(lab: Lab) -> list[Finding]:
 def _compare_real_round(lab: Lab, movement: Movement, substitutes: Substitutes) -> int:
     """Exchange the whole real shard of one gateway, all side by side; return how many gateways those are."""
     most = max(2, _REAL_BYTES // (4 * lab.num_params))
-    real = {gateway: lab.shards[gateway] for gateway in range(min(lab.plan.config.gateways, _REAL_GATEWAYS, most))}
+    real = {
+        gateway: lab.shards[gateway]
+        for gateway in range(min(lab.plan.config.federation.gateways, _REAL_GATEWAYS, most))
+    }
     sizes, rng = [shard.num_records for shard in real.values()], lab.rng("other shard")
     other = worlds_around(lab, sizes, 0, substitutes.record(0).record, rng, remove=False)["both"].shards[0]
     worlds = {"base": World(shards=real, name="base"), "shard": World(shards={**real, 0: other}, name="shard")}

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--outliers", action="store_true", help="add the report on outliers before and after noise")
     own, rest = parser.parse_known_args(arguments)
     config = parse(rest)
-    if config.dry_run or config.resume is not None:
+    if config.run.dry_run or config.run.resume is not None:
         raise InputError(
             "--dry-run and --resume do not go with audit, which trains only what it attacks; leave them out."
         )
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     from fedray.orchestrator.preparing import UserParts, prepare
 
     plan = prepare(config, UserParts())
-    if not config.quiet:
+    if not config.run.quiet:
         spec = plan.spec
         print(
             f"fedray audit: {spec.noise_level} level, sigma = {spec.noise_multiplier:.4g}, C = {spec.clip_norm:g}, engine "
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         )
     audit = run_audit(plan, effort=THOROUGH if own.thorough else DEFAULT, with_outliers=own.outliers)
     path = write_audit(audit, config)
-    for line in _lines(audit, path, config.quiet):
+    for line in _lines(audit, path, config.run.quiet):
         print(line)
     return 3 if audit.violated else 0
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import os
 import signal
 import sys
 import threading
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from fedray.config.settings import RunConfig, flag, misfit
+from fedray.config.data import DataSettings
+from fedray.config.federation import FederationSettings
+from fedray.config.files import nearest, settings_in
+from fedray.config.machine import MachineSettings
+from fedray.config.privacy import PrivacySettings
+from fedray.config.rules import flag
+from fedray.config.run import RunSettings
+from fedray.config.settings import GROUPS, SETTINGS, RunConfig
+from fedray.config.training import TrainingSettings
 from fedray.errors import FedrayError, InputError, UserCodeError
 from fedray.pool import connection
 
@@ -42,9 +48,15 @@ COMMANDS: dict[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CommandLine(RunConfig):
+class _CommandLine:
     config: Path | None = None
-    """TOML file with any of these settings, by field name; flags override it."""
+    """TOML file with any of these settings, or a run's config.json; flags override it."""
+    federation: FederationSettings = FederationSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    run: RunSettings = RunSettings()
+    machine: MachineSettings = MachineSettings()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in COMMANDS:
             return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
         config = parse(arguments)
-        if argv is None and config.pool == "ray":  # the process' own command line: its start is what a user waits for
+        if (
+            argv is None and config.machine.pool == "ray"
+        ):  # the process' own command line: its start is what a user waits for
             threading.Thread(target=importlib.import_module, args=("fedray.orchestrator.rounds",), daemon=True).start()
-            connection.connect_early(config.ray_address)
+            connection.connect_early(config.machine.ray_address)
         return _run(config, explicit_fields(arguments))
     except FedrayError as error:
         if isinstance(error, UserCodeError) and error.details:
@@ -97,7 +111,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
                 prog="python -m fedray",
                 description=_DESCRIPTION,
                 args=[*file_arguments, *arguments],
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -105,7 +119,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         # The parser's own message is a framed box of several lines: say what is wrong in one sentence instead.
         problem = _mistake(arguments) or f"the arguments cannot be read ({_one_line(said.getvalue())}); see --help."
         raise InputError(problem) from None
-    return RunConfig(**{field.name: getattr(settings, field.name) for field in fields(RunConfig)})
+    return RunConfig(**{name: getattr(settings, name) for name in GROUPS})
 
 
 def explicit_fields(arguments: Sequence[str]) -> set[str]:
@@ -114,7 +128,7 @@ def explicit_fields(arguments: Sequence[str]) -> set[str]:
     given = [*([] if path is None else _file_arguments(path)), *arguments]
     flags = [argument for argument in given if argument.startswith("--")]  # a value may be called like a field
     names = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in flags}
-    return {field.name for field in fields(RunConfig)} & names
+    return SETTINGS.keys() & names
 
 
 def _run(config: RunConfig, explicit: set[str]) -> int:
@@ -123,9 +137,9 @@ def _run(config: RunConfig, explicit: set[str]) -> int:
     from fedray.orchestrator.rounds import Orchestrator
     from fedray.reports.progress import Terminal
 
-    terminal = Terminal(config.quiet)
+    terminal = Terminal(config.run.quiet)
     try:
-        if config.dry_run:
+        if config.run.dry_run:
             dry_run(config, explicit)
         else:
             Orchestrator(config=config, progress=terminal, explicit=explicit).run()
@@ -148,26 +162,10 @@ def _file(arguments: Sequence[str]) -> Path | None:
 
 
 def _file_arguments(path: Path) -> list[str]:
-    """Return the settings of a TOML file as arguments, to be placed before the user's own."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        if isinstance(error, tomllib.TOMLDecodeError):
-            raise InputError(f"--config {path} is not TOML ({error}); write one `name = value` a line.") from error
-        raise InputError(f"--config {path} cannot be read ({error}); name a readable TOML file.") from error
-    found: list[str] = []
-    for name, value in values.items():
-        field = name.replace("-", "_")
-        if field not in RunConfig.__dataclass_fields__:
-            raise InputError(f"--config {path}: {name} is no setting{_nearest(name)}; see --help for the names.")
-        problem = misfit(field, value)
-        if problem is not None:
-            raise InputError(f"--config {path}: {name} is {value!r}; it must be {problem}.")
-        if isinstance(value, bool):
-            found += [flag(field)] if value else []
-        else:
-            found.append(f"{flag(field)}={value}")
-    return found
+    """Return the settings of a file as arguments, to be placed before the user's own."""
+    settings = settings_in(path)
+    flags = [flag(name) for name, value in settings.items() if value is True]
+    return flags + [f"{flag(name)}={value}" for name, value in settings.items() if not isinstance(value, bool)]
 
 
 def _mistake(arguments: Sequence[str]) -> str | None:
@@ -179,8 +177,8 @@ def _mistake(arguments: Sequence[str]) -> str | None:
         field = name.removeprefix("--").replace("-", "_")
         if not name.startswith("--"):
             return f"{argument!r} is no flag; every setting is written --name value: see --help."
-        if field != "config" and field not in RunConfig.__dataclass_fields__:
-            return f"{name} is no flag{_nearest(name)}; see --help for all flags."
+        if field != "config" and field not in SETTINGS:
+            return f"{name} is no flag{nearest(name)}; see --help for all flags."
         value = given if equals else rest[0] if rest and not rest[0].startswith("--") else None
         problem = _value_mistake(field, value)
         if problem is not None:
@@ -191,22 +189,13 @@ def _mistake(arguments: Sequence[str]) -> str | None:
 
 
 def _value_mistake(field: str, value: str | None) -> str | None:
-    if field != "config" and isinstance(RunConfig.__dataclass_fields__[field].default, bool):
+    if field != "config" and SETTINGS[field].kind is bool:
         return None if value is None else f"{flag(field)} is {value!r}; it takes no value: leave the value out."
-    if field == "config":
-        problem = None if value is not None else "a TOML file"
-    else:
-        problem = misfit(field, value, from_text=value is not None)
-    if problem is None:
+    words = "a TOML file, or a run's config.json" if field == "config" else SETTINGS[field].words
+    if value is not None and (field == "config" or SETTINGS[field].fits(value, from_text=True)):
         return None
     given = "has no value" if value is None else f"is {value!r}"
-    return f"{flag(field)} {given}; it must be {problem}."
-
-
-def _nearest(name: str) -> str:
-    known = ["config", *RunConfig.__dataclass_fields__]
-    found = difflib.get_close_matches(name.removeprefix("--").replace("-", "_"), known, n=1)
-    return f" (did you mean {flag(found[0])}?)" if found else ""
+    return f"{flag(field)} {given}; it must be {words}."
 
 
 def _one_line(message: object) -> str:

@@ -49,7 +49,8 @@ def _show(plan: Plan, reopened: ResumedRun | None) -> None:
     try:
         where = pool.describe()
         inspection = Inspection()
-        if config.pool == "ray" and (config.ray_address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local"):
+        address = config.machine.ray_address or os.environ.get("RAY_ADDRESS")
+        if config.machine.pool == "ray" and address not in (None, "", "local"):
             with _marker(config) as marker:
                 inspection = pool.inspect(_modules(config), marker)
     finally:
@@ -57,9 +58,10 @@ def _show(plan: Plan, reopened: ResumedRun | None) -> None:
     rows = [
         ("where", where),
         *inspection.rows,
-        ("what", f"{config.gateways} gateways, {config.rounds} rounds × {config.local_steps} local steps"
+        ("what", f"{config.federation.gateways} gateways, {config.federation.rounds} rounds × "
+         f"{config.training.local_steps} local steps"
          + (f"; {done} are done" if done else "")),
-        ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters"),
+        ("model", f"{config.training.model}, {plan.layout.num_params:,} trainable parameters"),
         *privacy_rows(plan, accounting.guarantees(plan.spec, charges)),
         *_stops(plan, charges),
     ]  # fmt: skip
@@ -70,7 +72,7 @@ def _show(plan: Plan, reopened: ResumedRun | None) -> None:
 
 def _stops(plan: Plan, charges: Charges) -> list[tuple[str, str]]:
     """Return a row that says where --max-epsilon ends the run, if it does."""
-    limit, rounds = plan.config.max_epsilon, plan.config.rounds
+    limit, rounds = plan.config.privacy.max_epsilon, plan.config.federation.rounds
     if limit is None or accounting.first_epsilon(plan.spec, charges) <= limit:
         return []
     fit = accounting.affordable_rounds(plan.spec, limit, charges.rounds) - (charges.rounds - rounds)
@@ -79,14 +81,16 @@ def _stops(plan: Plan, charges: Charges) -> list[tuple[str, str]]:
 
 def _modules(config: RunConfig) -> list[str]:
     """Return the modules that hold the user's code."""
-    names = [name for name in (config.dataset, config.model) if is_reference(name)]
+    names = [name for name in (config.data.dataset, config.training.model) if is_reference(name)]
     return list(dict.fromkeys(name.partition(":")[0] for name in names))
 
 
 @contextmanager
 def _marker(config: RunConfig) -> Iterator[Path]:
     """Yield a file beside the future run directory, or in the one to resume: its creation shows that it can be written."""
-    flag, path = ("--out", new_run_path(config)) if config.resume is None else ("--resume", config.resume / "any")
+    flag, path = (
+        ("--out", new_run_path(config)) if config.run.resume is None else ("--resume", config.run.resume / "any")
+    )
     path = path.absolute()
     parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fedray.commands.arguments import Arguments
 from fedray.commands.cli import parse
 from fedray.commands.output import new_output, write_output
+from fedray.config.rules import flag
 from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 from fedray.privacy.levels import LEVELS
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     noises = _list(own.noise_multipliers, "--noise-multipliers", float, "positive numbers")
     targets = _list(own.target_epsilons, "--target-epsilons", float, "positive numbers")
     seeds = _list(own.seeds, "--seeds", int, "whole numbers")
-    levels = _list(own.levels, "--levels", _level, "of " + ", ".join(LEVELS)) or [config.noise_level]
+    levels = _list(own.levels, "--levels", _level, "of " + ", ".join(LEVELS)) or [config.privacy.noise_level]
     if bool(noises) == bool(targets) and levels != ["none"]:
         raise InputError("give either --noise-multipliers or --target-epsilons, such as --noise-multipliers 0.5,1,2.")
     if not seeds:
@@ -58,13 +59,13 @@ def main(arguments: list[str]) -> int:
     pictures.new_figure(1, 1)  # matplotlib is missed now rather than after all runs
     configs = sweep.configs_of(config, levels, noises, targets, seeds)
     for level in levels:
-        prepare(next(one for one in configs if one.noise_level == level), UserParts())
+        prepare(next(one for one in configs if one.privacy.noise_level == level), UserParts())
     start, count = time.perf_counter(), 0
 
     def done(outcome: Outcome) -> None:
         nonlocal count
         count += 1
-        if not config.quiet:
+        if not config.run.quiet:
             sigma = "" if outcome.noise_multiplier is None else f" sigma {outcome.noise_multiplier:.4g}"
             print(
                 f"run {count}/{len(configs)}  {outcome.level}{sigma} seed {outcome.seed}  accuracy {outcome.accuracy:.4f}  "
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> int:
                 flush=True,
             )
 
-    outcomes = sweep.sweep(configs, config.pool == "inline", done)
+    outcomes = sweep.sweep(configs, config.machine.pool == "inline", done)
     points = sweep.points_of(outcomes)
     path = new_output(config, "frontier")
     text = json.dumps(sweep.card(config, outcomes, cards.versions()), indent=2, allow_nan=False) + "\n"
@@ -86,10 +87,9 @@ def main(arguments: list[str]) -> int:
 
 def _check(config: RunConfig) -> None:
     for name in ("noise_multiplier", "target_epsilon", "seed"):
-        if getattr(config, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} does not go with frontier, which sweeps it; give {flag}s, a list.")
-    if config.dry_run or config.resume is not None:
+        if config.as_dict()[name] is not None:
+            raise InputError(f"{flag(name)} does not go with frontier, which sweeps it; give {flag(name)}s, a list.")
+    if config.run.dry_run or config.run.resume is not None:
         raise InputError("--dry-run and --resume do not go with frontier; leave them out.")
 
 

@@ -12,8 +12,8 @@ from fedray.errors import RunFailedError
 
 def new_output(config: RunConfig, command: str) -> Path:
     """Return --out, or a new runs/<UTC time>-<command>."""
-    if config.out is not None:
-        return config.out
+    if config.run.out is not None:
+        return config.run.out
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{command}"
     candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{number}" for number in range(2, 1000))]
     return next(path for path in candidates if not path.exists())

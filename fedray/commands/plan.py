@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fedray.commands.arguments import Arguments
-from fedray.config.settings import RunConfig, flag
+from fedray.config.rules import flag
+from fedray.config.settings import RunConfig
 from fedray.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _settings(given: argparse.Namespace, unknown: Unknown) -> list[Setting]:
     for level in levels:
         weights: WeightsName = "uniform" if given.noise_level == "all" and level == "gateway" else given.weights
         setting = Setting(noise_level=level, gateways=given.gateways, delta=given.delta, weights=weights, **values)
-        RunConfig(  # the rules of a run's own settings hold here as well
+        RunConfig().resolve(  # the rules of a run's own settings hold here as well
             noise_level=setting.noise_level,  # never "none" here
             noise_multiplier=setting.noise_multiplier,
             rounds=setting.rounds,

@@ -121,12 +121,12 @@ def run_one(config: RunConfig) -> Outcome:
     if last["accuracy"] is None:
         raise InputError("frontier draws accuracy, but there is no held-out data with class labels; bring test data.")
     first: dict[str, Any] = card["guarantees"][0] if card["guarantees"] else {}
-    assert config.seed is not None, "every run of a sweep has a seed"
+    assert config.run.seed is not None, "every run of a sweep has a seed"
     return Outcome(
-        level=config.noise_level,
+        level=config.privacy.noise_level,
         noise_multiplier=card["noise_multiplier"],
-        target_epsilon=config.target_epsilon,
-        seed=config.seed,
+        target_epsilon=config.privacy.target_epsilon,
+        seed=config.run.seed,
         epsilon=first.get("epsilon"),
         unit=first.get("unit"),
         adjacency=first.get("adjacency"),
@@ -154,7 +154,9 @@ def sweep(configs: Sequence[RunConfig], inline: bool, done: Callable[[Outcome], 
         return outcomes
     from fedray.pool.ray_tasks import run_tasks  # an inline sweep does without Ray
 
-    return run_tasks(run_one, configs, configs[0].ray_address, done, num_gpus=int(configs[0].device == "cuda"))
+    return run_tasks(
+        run_one, configs, configs[0].machine.ray_address, done, num_gpus=int(configs[0].machine.device == "cuda")
+    )
 
 
 def points_of(outcomes: Sequence[Outcome]) -> list[Point]:

@@ -52,10 +52,10 @@ def from_config(config: RunConfig, key: bytes) -> Federation:
     Raises:
         InputError: The data breaks a rule.
     """
-    alpha = dirichlet_alpha(config.partition)
-    if config.dataset == "toy":
-        records = config.samples_per_gateway or toy.DEFAULT_RECORDS
-        shards, test = toy.ToyShards(config.gateways, records, alpha), toy.held_out()
+    alpha = dirichlet_alpha(config.data.partition)
+    if config.data.dataset == "toy":
+        records = config.data.samples_per_gateway or toy.DEFAULT_RECORDS
+        shards, test = toy.ToyShards(config.federation.gateways, records, alpha), toy.held_out()
         return Federation(
             shards=shards,
             test=test,
@@ -65,27 +65,29 @@ def from_config(config: RunConfig, key: bytes) -> Federation:
             lazy=False,
             disjoint=True,
         )
-    if config.dataset == "digits":
-        if config.samples_per_gateway is not None:
+    if config.data.dataset == "digits":
+        if config.data.samples_per_gateway is not None:
             raise InputError(
-                f"--samples-per-gateway is {config.samples_per_gateway} with --dataset digits; it applies to toy and to "
+                f"--samples-per-gateway is {config.data.samples_per_gateway} with --dataset digits; it applies to toy and to "
                 "lazily loaded shards: leave it out."
             )
         train, test = digits.load()
         return _cut(config, train, test, alpha, key)
-    if not is_reference(config.dataset):
-        raise InputError(f"--dataset is {config.dataset!r}; it must be toy, digits or module:function.")
-    name = f"--dataset {config.dataset}"
-    result = call(find_function(config.dataset, "--dataset"), config.dataset, "--dataset", config.gateways)
+    if not is_reference(config.data.dataset):
+        raise InputError(f"--dataset is {config.data.dataset!r}; it must be toy, digits or module:function.")
+    name = f"--dataset {config.data.dataset}"
+    result = call(
+        find_function(config.data.dataset, "--dataset"), config.data.dataset, "--dataset", config.federation.gateways
+    )
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise InputError(f"{name} returned {type(result).__name__}; it must return (train, test).")
     train, test = result
     if _is_pair_of_arrays(train):
         train_arrays = as_arrays(train, f"{name}: train")
         return _cut(config, train_arrays, as_arrays(test, f"{name}: test"), alpha, key)
-    if config.partition != "iid":
+    if config.data.partition != "iid":
         raise InputError(
-            f"--partition is {config.partition!r} but {name} returns shards that are already cut; leave it out."
+            f"--partition is {config.data.partition!r} but {name} returns shards that are already cut; leave it out."
         )
     return from_shards(config, train, as_arrays(test, f"{name}: test"), f"{name}: train")
 
@@ -100,14 +102,14 @@ def from_shards(
     """
     if not hasattr(shards, "__len__") or not hasattr(shards, "__getitem__"):
         raise InputError(f"{where} is {type(shards).__name__}; it must be (x, y) or a sequence of such pairs.")
-    if len(shards) != config.gateways:
+    if len(shards) != config.federation.gateways:
         raise InputError(
-            f"{where} has {len(shards)} shards for --gateways {config.gateways}; they must be equally many (one data set "
-            "that fedray is to partition must be a pair of numpy arrays or torch tensors)."
+            f"{where} has {len(shards)} shards for --gateways {config.federation.gateways}; they must be equally many (one "
+            "data set that fedray is to partition must be a pair of numpy arrays or torch tensors)."
         )
     deferred = isinstance(shards, list | tuple) and any(isinstance(s, Gateway) and callable(s.data) for s in shards)
     lazy = deferred or not isinstance(shards, list | tuple)
-    if lazy and config.samples_per_gateway is None:
+    if lazy and config.data.samples_per_gateway is None:
         raise InputError(
             f"{where} is loaded lazily, so its size is not known; give the public nominal shard size with "
             "--samples-per-gateway."
@@ -117,7 +119,7 @@ def from_shards(
         return Federation(
             shards=shards,
             test=test,
-            nominal_records=int(config.samples_per_gateway or 0),
+            nominal_records=int(config.data.samples_per_gateway or 0),
             example=example,
             num_classes=_num_classes([example[1]], class_labels),
             lazy=True,
@@ -129,7 +131,7 @@ def from_shards(
     return Federation(
         shards=pairs,
         test=test,
-        nominal_records=config.samples_per_gateway or total // len(pairs),
+        nominal_records=config.data.samples_per_gateway or total // len(pairs),
         example=test if test is not None else pairs[0],
         num_classes=_num_classes(labels, class_labels),
         lazy=False,
@@ -153,19 +155,19 @@ def _cut(
     alpha: float | None,
     key: bytes,
 ) -> Federation:
-    if config.samples_per_gateway is not None:
+    if config.data.samples_per_gateway is not None:
         raise InputError(
-            f"--samples-per-gateway is {config.samples_per_gateway} but fedray cuts the shards of this data set; "
+            f"--samples-per-gateway is {config.data.samples_per_gateway} but fedray cuts the shards of this data set; "
             "leave it out: the nominal size is training records / gateways."
         )
     x, y = train
-    indices = split(y, config.gateways, alpha, numpy_generator(key, "partition"))
+    indices = split(y, config.federation.gateways, alpha, numpy_generator(key, "partition"))
     taken = np.concatenate(indices)
     assert len(taken) == len(y) == len(np.unique(taken)), "shards must be disjoint and cover the data"
     return Federation(
         shards=CutShards(x, y, indices),
         test=test,
-        nominal_records=len(y) // config.gateways,
+        nominal_records=len(y) // config.federation.gateways,
         example=test,
         num_classes=_num_classes([y, test[1]], True),
         lazy=False,

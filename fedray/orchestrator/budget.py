@@ -42,8 +42,8 @@ class EpsilonCurve:
 
     def at(self, charges: Charges) -> dict[Unit, float]:
         """Return epsilon per unit after these charges."""
-        steps = self._plan.config.local_steps
-        until = min(charges.rounds + _AHEAD, self._plan.config.rounds)
+        steps = self._plan.config.training.local_steps
+        until = min(charges.rounds + _AHEAD, self._plan.config.federation.rounds)
         for ahead in range(max(self._queued, charges.rounds) + 1, until + 1):
             self._future(Charges(steps=ahead * steps, rounds=ahead))
         self._queued = max(self._queued, until)
@@ -56,18 +56,20 @@ class EpsilonCurve:
             BudgetExhaustedError: It would.
         """
         config = self._plan.config
-        limits = {"--max-epsilon": config.max_epsilon}
+        limits = {"--max-epsilon": config.privacy.max_epsilon}
         if ledger.extensions:
-            limits["--target-epsilon"] = config.target_epsilon
+            limits["--target-epsilon"] = config.privacy.target_epsilon
         charged = ledger.charges()
         for flag, limit in limits.items():
             if limit is None:
                 continue
             claim = level_of(self._plan.spec).claims(self._plan.spec)[0]
-            epsilon = self.at(Charges(steps=charged.steps + config.local_steps, rounds=charged.rounds + 1))[claim.unit]
+            epsilon = self.at(Charges(steps=charged.steps + config.training.local_steps, rounds=charged.rounds + 1))[
+                claim.unit
+            ]
             if epsilon > limit:
                 raise BudgetExhaustedError(
-                    f"stopped before round {index} of {config.rounds}: it would bring epsilon per {claim.unit} "
+                    f"stopped before round {index} of {config.federation.rounds}: it would bring epsilon per {claim.unit} "
                     f"({claim.adjacency}) to {epsilon:.4g}, past {flag} {limit:g}."
                 )
 

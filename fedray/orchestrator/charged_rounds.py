@@ -91,11 +91,11 @@ class ChargedRounds:
         # A secret cohort is what amplifies: each attempt is charged as a sample of its own, so each attempt draws one. A
         # public cohort amplifies nothing and has to be known to be charged: it is the round's, whatever the attempt.
         secret = plan.spec.secret_participation
-        cohort = range(plan.config.gateways) if secret else participation(plan, keys)
+        cohort = range(plan.config.federation.gateways) if secret else participation(plan, keys)
         attempt = session.ledger.charge(
             round_index=keys.round_index,
             gateways=ranges_of(cohort),
-            steps=plan.config.local_steps,
+            steps=plan.config.training.local_steps,
             level=plan.spec.noise_level,
             inputs=inputs_digest(plan, session.params, self._info, ranges_of(cohort)),
             afford=lambda: self._curve.check_budget(session.ledger, keys.round_index),
@@ -137,10 +137,10 @@ class ChargedRounds:
 
 def participation(plan: Plan, keys: RoundKeys) -> Sequence[int]:
     """Return the cohort under these keys: everybody, or each gateway with probability --participation (keyed Poisson)."""
-    config = plan.config
-    if config.participation >= 1.0:
-        return range(config.gateways)
-    chosen: list[int] = keys.stream("participation", 0).bernoulli(0, config.gateways, config.participation).tolist()
+    gateways, rate = plan.config.federation.gateways, plan.spec.participation
+    if rate >= 1.0:
+        return range(gateways)
+    chosen: list[int] = keys.stream("participation", 0).bernoulli(0, gateways, rate).tolist()
     return chosen
 
 

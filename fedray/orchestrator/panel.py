@@ -14,13 +14,14 @@ from fedray.rundir import cards
 
 def panel_rows(plan: Plan, info: PoolInfo, planned: Sequence[Guarantee]) -> list[tuple[str, str]]:
     """Return what runs where, and at which privacy."""
-    config = plan.config
-    joining = "" if config.participation == 1 else f" (each takes part with probability {config.participation:g})"
+    federation, training = plan.config.federation, plan.config.training
+    share = federation.participation
+    joining = "" if share == 1 else f" (each takes part with probability {share:g})"
     return [
         ("where", info.summary),
-        ("what", f"{config.gateways} gateways{joining}, {config.rounds} rounds × {config.local_steps} local steps, "
-         f"B = {config.batch_size} (q = {plan.spec.sample_rate:.4g}), {config.optimizer}, lr {config.lr:g}"),
-        ("model", f"{config.model}, {plan.layout.num_params:,} trainable parameters, engine {plan.setup.engine}"),
+        ("what", f"{federation.gateways} gateways{joining}, {federation.rounds} rounds × {training.local_steps} local steps, "
+         f"B = {training.batch_size} (q = {plan.spec.sample_rate:.4g}), {training.optimizer}, lr {training.lr:g}"),
+        ("model", f"{training.model}, {plan.layout.num_params:,} trainable parameters, engine {plan.setup.engine}"),
         *privacy_rows(plan, planned),
     ]  # fmt: skip
 
@@ -49,7 +50,7 @@ def closing_sentences(
     if history and history[-1]["accuracy"] is not None:
         lines.append(f"accuracy {history[-1]['accuracy']:.4f} on held-out data after {len(history)} rounds.")
     lines += [cards.sentence(guarantee) for guarantee in found] or ["no privacy: --noise-level none promises nothing."]
-    if plan.config.seed is not None and found:
+    if plan.config.run.seed is not None and found:
         lines.append("simulation only: with --seed the noise can be predicted by whoever knows the seed.")
     if history:
         speeds = sorted(record["samples_per_s"] for record in history)

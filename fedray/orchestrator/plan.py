@@ -70,7 +70,8 @@ class Plan:
     @property
     def charges(self) -> Charges:
         """What the whole planned run will be charged."""
-        return Charges(steps=self.config.rounds * self.config.local_steps, rounds=self.config.rounds)
+        rounds = self.config.federation.rounds
+        return Charges(steps=rounds * self.spec.local_steps, rounds=rounds)
 
     def test_tensors(self) -> tuple[inputs.Inputs, torch.Tensor] | None:
         """Return the held-out data as tensors."""
@@ -117,31 +118,26 @@ class Plan:
             sigmas = accounting.noise_multipliers_for(self.spec, self.charges, _HINTED_EPSILONS)
             hints = ", ".join(f"{sigma:.3g} for epsilon {epsilon:g}" for epsilon, sigma in sigmas.items())
             found.append(f"--noise-multiplier would have to be {hints}.")
-        records, gateways = self.federation.nominal_records, self.config.gateways
+        records, gateways = self.federation.nominal_records, self.config.federation.gateways
         return found + delta_warnings([claim.unit for claim in claims], self.spec.delta, records, gateways)
 
     def new_pool(self) -> Pool:
         """Return the pool of --pool, not yet started."""
-        config = self.config
-        if config.pool == "inline":
+        machine, federation = self.config.machine, self.config.federation
+        where = (self.setup, federation.gateways, machine.gateways_per_actor, machine.device)
+        if machine.pool == "inline":
             from fedray.pool.inline_pool import InlinePool  # so that a Ray run does not import it, and the reverse
 
-            return InlinePool(self.setup, config.gateways, config.gateways_per_actor, config.device)
+            return InlinePool(*where)
         from fedray.pool.ray_pool import RayPool
 
-        return RayPool(
-            self.setup,
-            config.gateways,
-            config.gateways_per_actor,
-            config.device,
-            config.ray_address,
-            Patience(
-                max_failures=config.max_failures,
-                round_timeout_s=config.round_timeout,
-                placement_timeout_s=config.placement_timeout,
-                drop=config.on_failure == "drop",
-            ),
+        patience = Patience(
+            max_failures=machine.max_failures,
+            round_timeout_s=machine.round_timeout,
+            placement_timeout_s=machine.placement_timeout,
+            drop=federation.on_failure == "drop",
         )
+        return RayPool(*where, machine.ray_address, patience)
 
     def identity(self, lazy_shards: dict[int, str]) -> dict[str, str]:
         """Return what must be the same when the run is resumed: digests of public parts, MACs of private ones.
@@ -162,10 +158,13 @@ class Plan:
             x, y = self.federation.test
             parts = [torch.from_numpy(part) for part in (*inputs.leaves(x), y)]
             found["test data"] = _digest(parts, () if isinstance(x, np.ndarray) else inputs.leaf_names(x))
-        if self.config.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):
+        if self.config.data.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):
             macs = lazy_shards
             if not self.federation.lazy:
-                macs = {i: shard_mac(self.setup_key, *self.federation.shards[i]) for i in range(self.config.gateways)}
+                macs = {
+                    i: shard_mac(self.setup_key, *self.federation.shards[i])
+                    for i in range(self.config.federation.gateways)
+                }
             found |= {f"shard {index}": value for index, value in macs.items()}
         return found
 

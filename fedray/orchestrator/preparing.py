@@ -59,7 +59,7 @@ def prepare(
     Raises:
         InputError: Anything in settings, data or model breaks a rule.
     """
-    root_key = new_root_key(config.seed)
+    root_key = new_root_key(config.run.seed)
     key = setup_key(root_key) if key is None else key
     if parts.shards is None:
         federation = source.from_config(config, key)
@@ -67,31 +67,31 @@ def prepare(
         labels = parts.loss is None
         test = None if parts.test is None else as_arrays(parts.test, "test", labels)
         federation = source.from_shards(config, parts.shards, test, "gateways", labels)
-    if config.batch_size > federation.nominal_records:
+    if config.training.batch_size > federation.nominal_records:
         raise InputError(
-            f"--batch-size is {config.batch_size} but the nominal shard size is {federation.nominal_records} records "
-            f"(q would be {config.batch_size / federation.nominal_records:.3g} > 1); lower it, or use fewer gateways."
+            f"--batch-size is {config.training.batch_size} but the nominal shard size is {federation.nominal_records} records "
+            f"(q would be {config.training.batch_size / federation.nominal_records:.3g} > 1); lower it, or use fewer gateways."
         )
     model, rules = _model(config, parts, federation, key)
     spec = _calibrated(
         PrivacySpec(
-            noise_level=config.noise_level,
-            noise_multiplier=config.noise_multiplier if config.noise_multiplier is not None else 1.0,
-            clip_norm=config.clip_norm,
-            delta=config.delta,
-            batch_size=config.batch_size,
-            sample_rate=config.batch_size / federation.nominal_records,
-            local_steps=config.local_steps,
-            expected_cohort=config.gateways * config.participation,
-            weights=config.weights,
-            participation=config.participation,
-            arrival_may_depend_on_data=config.on_failure == "drop",
+            noise_level=config.privacy.noise_level,
+            noise_multiplier=config.privacy.noise_multiplier if config.privacy.noise_multiplier is not None else 1.0,
+            clip_norm=config.privacy.clip_norm,
+            delta=config.privacy.delta,
+            batch_size=config.training.batch_size,
+            sample_rate=config.training.batch_size / federation.nominal_records,
+            local_steps=config.training.local_steps,
+            expected_cohort=config.federation.gateways * config.federation.participation,
+            weights=config.federation.weights,
+            participation=config.federation.participation,
+            arrival_may_depend_on_data=config.federation.on_failure == "drop",
         ),
         config,
         noise_multiplier,
     )
     training = LocalTraining(
-        privacy=spec, optimizer=config.optimizer, lr=config.lr, loss=parts.loss or calls.cross_entropy
+        privacy=spec, optimizer=config.training.optimizer, lr=config.training.lr, loss=parts.loss or calls.cross_entropy
     )
     engine, program = _engine(config, model, training, federation)
     setup = WorkerSetup(
@@ -101,10 +101,10 @@ def prepare(
         rules=rules,
         engine=engine,
         program=program,
-        memory_limit=None if config.memory_limit is None else config.memory_limit * 2**20,
-        max_update_norm=config.max_update_norm,
-        drop_failures=config.on_failure == "drop",
-        steady_cohort=config.participation >= 1.0,
+        memory_limit=None if config.machine.memory_limit is None else config.machine.memory_limit * 2**20,
+        max_update_norm=config.federation.max_update_norm,
+        drop_failures=config.federation.on_failure == "drop",
+        steady_cohort=config.federation.participation >= 1.0,
     )
     return Plan(
         config=config,
@@ -130,12 +130,12 @@ def _model(
         if parts.model is not None:
             model = reference.from_function(parts.model, getattr(parts.model, "__name__", "model"))
         else:
-            model = reference.build(config.model, record_shape, federation.num_classes)
-        if config.fix_model:
+            model = reference.build(config.training.model, record_shape, federation.num_classes)
+        if config.training.fix_model:
             model = checks.fix(model)
         num_outputs = checks.check(model, sample.x, sample.y, parts.loss)
     rules = RecordRules.of(federation.example[0], num_outputs)
-    if not federation.lazy and (parts.shards is not None or config.dataset != "toy"):
+    if not federation.lazy and (parts.shards is not None or config.data.dataset != "toy"):
         for index in range(len(federation.shards)):
             rules.check(*_pair(federation, index), f"shard {index}")
     if federation.test is not None:
@@ -151,7 +151,7 @@ def _engine(
     Raises:
         InputError: The engine cannot keep the records of this model apart.
     """
-    asked: Engine = "stacked" if config.engine == "auto" else config.engine
+    asked: Engine = "stacked" if config.training.engine == "auto" else config.training.engine
     reason = reason_against(model)
     if asked in ("opacus", "sequence") and reason is not None:
         raise InputError(
@@ -183,19 +183,19 @@ def _pair(federation: Federation, index: int) -> tuple[Any, Any]:
 def _calibrated(spec: PrivacySpec, config: RunConfig, noise_multiplier: float | None) -> PrivacySpec:
     if noise_multiplier is not None:
         return replace(spec, noise_multiplier=noise_multiplier)
-    charges = Charges(steps=config.rounds * config.local_steps, rounds=config.rounds)
-    if config.target_epsilon is not None:
+    charges = Charges(steps=config.federation.rounds * config.training.local_steps, rounds=config.federation.rounds)
+    if config.privacy.target_epsilon is not None:
         try:
-            spec = replace(spec, noise_multiplier=accounting.calibrate(spec, charges, config.target_epsilon))
+            spec = replace(spec, noise_multiplier=accounting.calibrate(spec, charges, config.privacy.target_epsilon))
         except ValueError as error:
             raise InputError(
-                f"--target-epsilon is {config.target_epsilon:g} but {error}; raise it, or plan fewer rounds or steps."
+                f"--target-epsilon is {config.privacy.target_epsilon:g} but {error}; raise it, or plan fewer rounds or steps."
             ) from error
-    if config.max_epsilon is not None:
-        first = accounting.first_epsilon(spec, Charges(steps=config.local_steps, rounds=1))
-        if first > config.max_epsilon:
+    if config.privacy.max_epsilon is not None:
+        first = accounting.first_epsilon(spec, Charges(steps=config.training.local_steps, rounds=1))
+        if first > config.privacy.max_epsilon:
             raise InputError(
-                f"--max-epsilon is {config.max_epsilon:g} but round 1 alone costs {first:.4g}; raise it, or raise "
+                f"--max-epsilon is {config.privacy.max_epsilon:g} but round 1 alone costs {first:.4g}; raise it, or raise "
                 "--noise-multiplier."
             )
     return spec

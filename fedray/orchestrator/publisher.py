@@ -82,7 +82,7 @@ class Publisher:
         self._evaluation = Evaluation(plan.model, plan.test_tensors(), training.loss, plan.class_labels, device)
         self._curve = curve
         self._progress = progress
-        self._tracker = new_tracker(plan.config.track, session.files.path)
+        self._tracker = new_tracker(plan.config.run.track, session.files.path)
         self._waiting: tuple[Outcome, Checkpoint, Charges] | None = None
 
     def __enter__(self) -> Self:
@@ -116,19 +116,19 @@ class Publisher:
                 traceback.format_exc(),
             ) from error
         evaluate = round(time.perf_counter() - began, 6)
-        config = self._plan.config
         # The size of a secret cohort stays secret: its expectation is public.
-        cohort = config.gateways * config.participation if self._plan.spec.secret_participation else outcome.cohort
+        spec = self._plan.spec
+        cohort = spec.expected_cohort if spec.secret_participation else outcome.cohort
         record: dict[str, Any] = {
             "round": outcome.round,
             "accuracy": score.accuracy,
             "loss": score.loss,
             "epsilon": self._curve.at(charges),
             "seconds": {**outcome.seconds, "evaluate": evaluate},
-            "samples_per_s": cohort * config.local_steps * config.batch_size / outcome.seconds["total"],
+            "samples_per_s": cohort * spec.local_steps * spec.batch_size / outcome.seconds["total"],
         }
         self._session.files.append_metrics(record)
         self._session.files.save(checkpoint, self._session.ledger)
         self._session.history.append(record)
-        self._progress.round(record, config.rounds)
+        self._progress.round(record, self._plan.config.federation.rounds)
         self._tracker.log(record)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedray.config.settings import RunConfig, flag
+from fedray.config.rules import flag
+from fedray.config.settings import DEFAULTS, RunConfig
 from fedray.errors import InputError
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts, prepare
@@ -48,7 +48,7 @@ class ResumedRun:
     def extends(self, config: RunConfig) -> bool:
         """Tell whether the run had ended and gets more rounds."""
         saved = self.state.checkpoint.card["config"]["rounds"]
-        return self.state.finished and config.rounds > max(saved, self.state.checkpoint.round)
+        return self.state.finished and config.federation.rounds > max(saved, self.state.checkpoint.round)
 
     def is_complete(self, config: RunConfig) -> bool:
         """Tell whether nothing is left to do: no round, and no file of the finished run to write again."""
@@ -78,8 +78,8 @@ class ResumedRun:
     def charges_at_end(self, config: RunConfig) -> Charges:
         """Return what the finished run will have been charged, its repeated rounds included."""
         done = self.state.checkpoint.round
-        charged, left = self.state.ledger.charges(through=done), config.rounds - done
-        return Charges(steps=charged.steps + left * config.local_steps, rounds=charged.rounds + left)
+        charged, left = self.state.ledger.charges(through=done), config.federation.rounds - done
+        return Charges(steps=charged.steps + left * config.training.local_steps, rounds=charged.rounds + left)
 
     def already_complete(self) -> str:
         """Say what can be done with a complete run."""
@@ -100,9 +100,9 @@ def planned(
     Raises:
         InputError: The run cannot start or go on.
     """
-    if config.resume is None:
+    if config.run.resume is None:
         return prepare(config, parts), None
-    reopened = reopen(config.resume, stack, mend=not config.dry_run)
+    reopened = reopen(config.run.resume, stack, mend=not config.run.dry_run)
     config, sigma = settings_of(reopened, config, explicit)
     return prepare(config, parts, reopened.state.setup_key, sigma), reopened
 
@@ -137,30 +137,28 @@ def settings_of(
     Raises:
         InputError: The caller insists on another value than the run's.
     """
-    saved: dict[str, Any] = dict(reopened.state.checkpoint.card["config"])
+    saved: dict[str, Any] = DEFAULTS | reopened.state.checkpoint.card["config"]  # an older format lacks some
     sigma = saved["noise_multiplier"]
-    fields = dataclasses.fields(RunConfig)
+    wanted = asked.as_dict()
     if explicit is None:
-        explicit = {field.name for field in fields if getattr(asked, field.name) != field.default}
+        explicit = {name for name, value in wanted.items() if value != DEFAULTS[name]}
     path = reopened.files.path
     for name in sorted(explicit):
-        value = getattr(asked, name)
-        value = str(value) if isinstance(value, Path) else value
-        if name not in _FREE and value != saved[name]:
+        if name not in _FREE and wanted[name] != saved[name]:
             raise InputError(
-                f"{flag(name)} is {value} but {path} was begun with {saved[name]}; what a run computes cannot change: "
+                f"{flag(name)} is {wanted[name]} but {path} was begun with {saved[name]}; what a run computes cannot change: "
                 "leave it out, or start a new run."
             )
     if saved["target_epsilon"] is not None:
         saved["noise_multiplier"] = None
     saved["out"] = None
     if "rounds" in explicit:
-        _check_rounds(asked.rounds, saved["rounds"], reopened)
-        saved["rounds"] = asked.rounds
-    saved |= {name: getattr(asked, name) for name in explicit if name in _FREE and name != "rounds"}
+        _check_rounds(asked.federation.rounds, saved["rounds"], reopened)
+        saved["rounds"] = asked.federation.rounds
+    saved |= {name: wanted[name] for name in explicit if name in _FREE and name != "rounds"}
     saved["resume"] = path
     try:
-        return RunConfig(**saved), sigma
+        return RunConfig().resolve(**saved), sigma
     except TypeError as error:
         raise InputError(f"{path} was written by another version of fedray ({error}); go on with that one.") from error
 

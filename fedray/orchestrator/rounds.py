@@ -79,7 +79,7 @@ class Orchestrator:
         config = RunConfig() if config is None else config
         if gateways is not None and hasattr(gateways, "__len__"):
             config = config.resolve(gateways=len(gateways))
-        check_available(config.track)
+        check_available(config.run.track)
         self._progress = Silent() if progress is None else progress
         self._stack = ExitStack()  # holds the lock of a resumed directory until the run ends
         parts = UserParts(shards=gateways, test=test, model=model, loss=loss)
@@ -136,7 +136,7 @@ class Orchestrator:
         rounds = ChargedRounds(plan, session, curve, pool)
         with Publisher(plan, session, curve, self._progress, rounds.device) as publisher:
             try:
-                for index in session.rounds_left(plan.config.rounds):
+                for index in session.rounds_left(plan.config.federation.rounds):
                     rounds.begin()  # charge, draw the cohort, broadcast the parameters
                     publisher.flush()  # score and write the round before, while gateways train
                     total, weight, arrived = rounds.collect()

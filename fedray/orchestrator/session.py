@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedray.config.files import upgraded
 from fedray.config.settings import RunConfig
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.resuming import ResumedRun
@@ -76,13 +77,13 @@ class Session:
             start = Checkpoint(
                 round=0,
                 params=params,
-                round_key=None if config.no_keep_key else key,
+                round_key=None if config.run.no_keep_key else key,
                 card=card,
             )
             files = RunDirectory.create(new_run_path(config), plan.setup_key, start, plan.identity(macs))
             stack.enter_context(files.lock())
             ledger = Ledger(files.ledger)
-            ledger.charge_under(new_incarnation(config.seed))
+            ledger.charge_under(new_incarnation(config.run.seed))
             return cls(
                 files=files,
                 ledger=ledger,
@@ -92,7 +93,7 @@ class Session:
                 params=params,
                 round_key=key,
                 card=card,
-                keep_key=not config.no_keep_key,
+                keep_key=not config.run.no_keep_key,
                 device=info.device,
             )
         return cls._resumed(plan, reopened, info, macs)
@@ -103,7 +104,7 @@ class Session:
         reopened.check_goes_on(plan, macs)
         last = state.checkpoint
         # Nobody can know whether this directory is a copy, or older than what was released: the noise is drawn anew.
-        state.ledger.charge_under(new_incarnation(config.seed))
+        state.ledger.charge_under(new_incarnation(config.run.seed))
         session = cls(
             files=files,
             ledger=state.ledger,
@@ -112,29 +113,37 @@ class Session:
             generation=last.generation,
             params=last.params,
             round_key=last.round_key or b"",
-            card=last.card,
-            keep_key=not config.no_keep_key,
+            card=upgraded(last.card),
+            keep_key=not config.run.no_keep_key,
             device=info.device,
         )
         if reopened.extends(config):
             session._extend(plan)
         elif not state.finished:
             files.reopen()  # a crash may have left what an earlier end wrote
+            if session.card != last.card:  # the run goes on in this version's format
+                session._save_card()
         return session
 
     def _extend(self, plan: Plan) -> None:
         """Give a finished run more rounds under a fresh root key: its old keys are gone, and must not come back."""
         config = plan.config
         self.generation += 1
-        root = extension_root(plan.setup_key, config.seed is not None, self.generation)
+        root = extension_root(plan.setup_key, config.run.seed is not None, self.generation)
         self.round_key = first_round_key(root)
         self.ledger.extend(
-            finished=self.round, rounds=config.rounds, level=config.noise_level, root_commitment=commitment(root)
+            finished=self.round,
+            rounds=config.federation.rounds,
+            level=config.privacy.noise_level,
+            root_commitment=commitment(root),
         )
         self.note_ledger()
-        self.card = {**self.card, "config": {**self.card["config"], "rounds": config.rounds}}
-        self.files.save(self.checkpoint(), self.ledger)
+        self.card = {**self.card, "config": {**self.card["config"], "rounds": config.federation.rounds}}
+        self._save_card()
         self.files.reopen()
+
+    def _save_card(self) -> None:
+        self.files.save(self.checkpoint(), self.ledger)  # first: config.json is mended from it
         self.files.write_json("config.json", self.card)
 
     def rounds_left(self, rounds: int) -> range:
@@ -187,8 +196,8 @@ class Session:
 
 def new_run_path(config: RunConfig) -> Path:
     """Return --out, or runs/<UTC time>-<level>."""
-    if config.out is not None:
-        return config.out
-    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{config.noise_level}"
+    if config.run.out is not None:
+        return config.run.out
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{config.privacy.noise_level}"
     candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{number}" for number in range(2, 1000))]
     return next(path for path in candidates if not path.exists())

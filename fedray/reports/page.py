@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedray.config.settings import RunConfig
+from fedray.config.settings import DEFAULTS
 from fedray.errors import DamagedRunError
 from fedray.reports import audit_page
 from fedray.reports import elements as html
@@ -289,8 +289,7 @@ def _phases(run: _RunFiles) -> str:
 
 
 def _settings(run: _RunFiles) -> str:
-    defaults = {field.name: field.default for field in fields(RunConfig)}
-    changed = {name: value for name, value in run.config.items() if name not in defaults or defaults[name] != value}
+    changed = {n: value for n, value in run.config.items() if n not in DEFAULTS or DEFAULTS[n] != value}
     rest = {name: value for name, value in run.config.items() if name not in changed}
     found = "<h3>Other than the defaults</h3>" + html.pairs(changed) + html.details("Defaults", html.pairs(rest))
     rng, versions = run.privacy.get("rng"), run.card.get("versions")

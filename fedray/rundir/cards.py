@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from fedray.config.files import FORMAT
 from fedray.config.settings import RunConfig
 from fedray.privacy.accounting import Charges, Guarantee
 from fedray.privacy.levels import Unit, level_of
@@ -35,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def config_card(config: RunConfig, spec: PrivacySpec, placement: str | None = None) -> dict[str, Any]:
-    """Return the content of config.json: every field with its resolved value, nominal shard size, placement, versions.
+    """Return the content of config.json: format, every setting resolved, nominal shard size, placement, versions, machine.
 
     With the nominal shard size epsilon follows from this file and the ledger alone.
     """
@@ -44,6 +45,7 @@ def config_card(config: RunConfig, spec: PrivacySpec, placement: str | None = No
         resolved["noise_multiplier"] = spec.noise_multiplier
     machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
     return {
+        "format": FORMAT,
         "config": resolved,
         "nominal_records": round(spec.batch_size / spec.sample_rate),
         "placement": placement,
@@ -117,7 +119,7 @@ def privacy_card(
         device: Kind of device that gateways trained on.
         digests: Of the files that the card speaks of.
     """
-    seeded = config.seed is not None
+    seeded = config.run.seed is not None
     uncovered = not_covered(spec, disjoint, extended)
     if incomplete:
         rounds_named = ", ".join(map(str, incomplete))

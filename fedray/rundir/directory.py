@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_tensors
 
+from fedray.config.files import check_format
 from fedray.errors import DamagedRunError, InputError, RunFailedError
 from fedray.privacy.ledger import Ledger, drop_torn_line
 from fedray.privacy.ledger import read as read_ledger
@@ -38,7 +39,6 @@ from fedray.rundir.checkpoint import (
 from fedray.rundir.files import as_json, bytes_of, removed_if_killed, replace, sealed, sync_directory, unsealed, write
 
 _UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
-
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it should the newest be damaged
 
 _SETUP_KEY, _LEDGER_HEAD, _IDENTITY = "setup.key", "ledger.json", "identity.json"
@@ -214,14 +214,18 @@ class RunDirectory:
 
         Raises:
             DamagedRunError: A file is missing or damaged beyond what the last two checkpoints can make good.
+            InputError: A newer fedray wrote it.
         """
         root = self.path / "checkpoint"
+        with contextlib.suppress(OSError, ValueError):  # a damaged one is mended from the checkpoint
+            check_format(json.loads((self.path / "config.json").read_bytes()), str(self.path))
         ledger = self._read_ledger()
         ended = (self.path / "privacy.json").exists()  # written before the keys go
         problems: list[str] = []
         for file in reversed(checkpoints_in(root)):
             try:
                 checkpoint, description = read_checkpoint(file, key_may_be_gone=ended)
+                check_format(checkpoint.card, str(self.path))
                 setup_key = _read_key(root / _SETUP_KEY, description["setup_key_commitment"])
                 history = self._read_metrics(description)
             except DamagedRunError as error:

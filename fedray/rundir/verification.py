@@ -20,7 +20,6 @@ from fedray.rundir import cards, evidence, manifest
 from fedray.rundir.evidence import RunSettings, UntrueError
 from fedray.rundir.history import History, read_ledger
 
-EXACT = 1e-6  # relative; what two evaluations of one accountant may differ by
 _Part = TypeVar("_Part")
 
 
@@ -145,7 +144,7 @@ def _digest_of(file: Path) -> str | None:
 
 def _check_budget(verdict: Verdict, settings: RunSettings) -> None:
     budget = settings.values.get("max_epsilon")
-    if budget is not None and verdict.guarantees and verdict.guarantees[0].epsilon > budget * (1 + EXACT):
+    if budget is not None and verdict.guarantees and verdict.guarantees[0].epsilon > budget * (1 + settings.tolerance):
         epsilon = cards.format_epsilon(verdict.guarantees[0].epsilon)
         verdict.add("ledger.jsonl", False, f"charges epsilon {epsilon}, past --max-epsilon {budget:g}.")
 
@@ -171,7 +170,7 @@ def _checked_metrics(
         possible = history.charges_after(number)
         if not possible:
             raise UntrueError(f"round {number} is recorded but the ledger never charged it.")
-        if not any(_same(claimed, epsilons(charges)) for charges in possible):
+        if not any(_same(claimed, epsilons(charges), settings.tolerance) for charges in possible):
             right = ", ".join(f"{value:.6g} per {unit}" for unit, value in epsilons(possible[0]).items()) or "none"
             raise UntrueError(f"round {number} claims epsilon {claimed}; the ledger says {right}.")
         samples = settings.spec.local_steps * settings.spec.batch_size / record["seconds"]["total"]
@@ -184,12 +183,12 @@ def _checked_metrics(
     return records
 
 
-def _same(claimed: Mapping[str, Any], right: Mapping[Any, float]) -> bool:
-    return set(claimed) == set(right) and all(_close(claimed[unit], value) for unit, value in right.items())
+def _same(claimed: Mapping[str, Any], right: Mapping[Any, float], tolerance: float) -> bool:
+    return set(claimed) == set(right) and all(_close(claimed[u], value, tolerance) for u, value in right.items())
 
 
-def _close(claimed: Any, right: float) -> bool:
-    return evidence.is_number(claimed) and math.isclose(claimed, right, rel_tol=EXACT)
+def _close(claimed: Any, right: float, tolerance: float) -> bool:
+    return evidence.is_number(claimed) and math.isclose(claimed, right, rel_tol=tolerance)
 
 
 def _check_card(verdict: Verdict, path: Path, settings: RunSettings, history: History, num_rounds: int | None) -> None:
@@ -225,10 +224,10 @@ def _check_card(verdict: Verdict, path: Path, settings: RunSettings, history: Hi
     missing = set(cards.not_covered(spec, disjoint=True, extended=history.extended)) - listed
     if missing and card.get("versions") == cards.versions():  # other versions may word it otherwise
         verdict.add("privacy.json", False, f"not_covered leaves out: {sorted(missing)[0]}.")
-    _check_guarantees(verdict, card.get("guarantees"))
+    _check_guarantees(verdict, card.get("guarantees"), settings.tolerance)
 
 
-def _check_guarantees(verdict: Verdict, claimed: Any) -> None:
+def _check_guarantees(verdict: Verdict, claimed: Any, tolerance: float) -> None:
     if not isinstance(claimed, list) or len(claimed) != len(verdict.guarantees):
         verdict.add("privacy.json", False, f"must list {len(verdict.guarantees)} guarantees.")
         return
@@ -242,7 +241,7 @@ def _check_guarantees(verdict: Verdict, claimed: Any) -> None:
             verdict.add(
                 "privacy.json", False, f"{name}: {wrong[0]} is {says.get(wrong[0])!r}, not {right[wrong[0]]!r}."
             )
-        elif not _close(epsilon, mine.epsilon):
+        elif not _close(epsilon, mine.epsilon, tolerance):
             verdict.add("privacy.json", False, f"{name}: epsilon is {epsilon}; the ledger says {mine.epsilon:.6g}.")
         else:
             verdict.add("privacy.json", True, f"true: epsilon {cards.format_epsilon(mine.epsilon)} per {name}.")

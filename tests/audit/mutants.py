@@ -166,8 +166,10 @@ def cohorts_of(change: Keys) -> Iterator[None]:
     """Draw the gateways of a round under changed keys; with `same` keys, as the run should."""
 
     def drawn(lab: Lab, keys: RoundKeys) -> list[int]:
-        config = lab.plan.config
-        return change(keys).stream("participation", 0).bernoulli(0, config.gateways, config.participation).tolist()  # type: ignore[no-any-return]  # numpy's lists are untyped
+        federation = lab.plan.config.federation
+        return (
+            change(keys).stream("participation", 0).bernoulli(0, federation.gateways, federation.participation).tolist()
+        )  # type: ignore[no-any-return]  # numpy's lists are untyped
 
     with mock.patch.object(Lab, "cohort", drawn):
         yield

@@ -19,8 +19,8 @@ SMALL = ["--gateways", "2", "--rounds", "1", "--local-steps", "2", "--batch-size
 def test_configs_cover_every_level_noise_and_seed() -> None:
     found = sweep.configs_of(RunConfig(), ["sample", "gateway", "none"], [0.5, 1.0], [], [0, 1])
     assert len(found) == 2 * 2 * 2 + 2
-    assert {(c.noise_level, c.noise_multiplier, c.seed) for c in found} >= {("sample", 0.5, 1), ("none", None, 0)}
-    assert all(c.pool == "inline" and c.quiet and c.out is None for c in found)
+    assert {(c.privacy.noise_level, c.privacy.noise_multiplier, c.run.seed) for c in found} >= {("sample", 0.5, 1), ("none", None, 0)}
+    assert all(c.machine.pool == "inline" and c.run.quiet and c.run.out is None for c in found)
 
 
 def test_points_are_means_with_the_spread_over_seeds() -> None:
@@ -71,7 +71,7 @@ def test_command_sweeps_as_ray_tasks(outdir: Path, local_ray: None, capsys: pyte
 
 
 def _config() -> RunConfig:
-    return RunConfig(gateways=2, rounds=1, local_steps=2, batch_size=8, samples_per_gateway=64)
+    return RunConfig().resolve(gateways=2, rounds=1, local_steps=2, batch_size=8, samples_per_gateway=64)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def plan_of(level: str, parts: UserParts | None = None, **changes: Any) -> Plan:
         "pool": "inline",
         "device": "cpu",
     }
-    return prepare(RunConfig(**{**settings, **changes}), UserParts() if parts is None else parts)
+    return prepare(RunConfig().resolve(**{**settings, **changes}), UserParts() if parts is None else parts)
 
 
 def audit_of(level: str, parts: UserParts | None = None, **changes: Any) -> Audit:

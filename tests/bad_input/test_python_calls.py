@@ -15,7 +15,7 @@ import fedray
 from fedray.errors import InputError
 
 X, Y = np.zeros((64, 5), np.float32), np.arange(64) % 4
-CONFIG = fedray.RunConfig(batch_size=8, pool="inline")
+CONFIG = fedray.RunConfig().resolve(batch_size=8, pool="inline")
 
 
 def _shards(number: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -70,7 +70,7 @@ def test_orchestrator_refuses_no_gateways() -> None:
 )
 def test_config_refuses_values_of_another_kind(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"--{field.replace('_', '-')} is "):
-        fedray.RunConfig(**{field: value})  # type: ignore[arg-type]  # that is the point
+        fedray.RunConfig().resolve(**{field: value})  # type: ignore[arg-type]  # that is the point
 
 
 class _Lazy:
@@ -122,12 +122,12 @@ def test_orchestrator_refuses_a_lazy_shard_that_does_not_load(outdir: Path, pool
 @pytest.mark.parametrize(("name", "value"), [("out", 3), ("resume", 3), ("dataset", 3), ("model", nn.Identity)])
 def test_run_config_refuses_other_kinds_of_value(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"--{name} is .*; it must be"):
-        fedray.RunConfig(**{name: value})
+        fedray.RunConfig().resolve(**{name: value})
 
 
 def test_run_config_takes_paths_as_text(tmp_path: Path) -> None:
-    assert fedray.RunConfig(out=str(tmp_path)) == fedray.RunConfig(out=tmp_path)  # type: ignore[arg-type]
-    assert fedray.RunConfig(resume=str(tmp_path)).resume == tmp_path  # type: ignore[arg-type]
+    assert fedray.RunConfig().resolve(out=str(tmp_path)) == fedray.RunConfig().resolve(out=tmp_path)  # type: ignore[arg-type]
+    assert fedray.RunConfig().resolve(resume=str(tmp_path)).run.resume == tmp_path  # type: ignore[arg-type]
 
 
 def test_load_model_refuses_an_unfinished_run(tmp_path: Path) -> None:

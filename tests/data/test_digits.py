@@ -27,7 +27,7 @@ def test_load_splits_scikit_learns_records_once() -> None:
 
 
 def test_from_config_partitions_digits_by_the_setup_key() -> None:
-    config = RunConfig(dataset="digits", gateways=20, batch_size=64)
+    config = RunConfig().resolve(dataset="digits", gateways=20, batch_size=64)
     one, same, other = (from_config(config, key) for key in (bytes(32), bytes(32), b"1" * 32))
     assert np.array_equal(one.shards[3][1], same.shards[3][1])
     assert not np.array_equal(one.shards[3][1], other.shards[3][1])

@@ -50,7 +50,7 @@ def test_shards_are_the_same_every_time() -> None:
 
 
 def test_shards_do_not_depend_on_the_seed() -> None:
-    one, other = (from_config(RunConfig(seed=seed), bytes([seed]) * 32) for seed in (0, 1))
+    one, other = (from_config(RunConfig().resolve(seed=seed), bytes([seed]) * 32) for seed in (0, 1))
     assert np.array_equal(one.shards[5][0], other.shards[5][0])
     assert one.test is not None
     assert other.test is not None
@@ -76,4 +76,4 @@ def test_shards_end() -> None:
 
 def test_shards_default_to_4096_records() -> None:
     assert from_config(RunConfig(), bytes(32)).nominal_records == 4096
-    assert from_config(RunConfig(samples_per_gateway=100), bytes(32)).nominal_records == 100
+    assert from_config(RunConfig().resolve(samples_per_gateway=100), bytes(32)).nominal_records == 100

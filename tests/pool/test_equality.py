@@ -34,7 +34,7 @@ def train(out: Path, **changes: Any) -> tuple[Params, bytes]:
     }
     shards = [(s.x.numpy(), s.y.numpy()) for s in (random_shard(9 + g, seed=g) for g in range(GATEWAYS))]
     orchestrator = Orchestrator(
-        shards, model=lambda: model_of("mlp"), loss=product_loss, config=RunConfig(**{**settings, **changes})
+        shards, model=lambda: model_of("mlp"), loss=product_loss, config=RunConfig().resolve(**{**settings, **changes})
     )
     model = orchestrator.run().model
     return orchestrator.plan.layout.flatten(model), (out / "model.safetensors").read_bytes()

@@ -189,7 +189,7 @@ def run_charges(engine: str, level: str, out: Path) -> None:
     """
     rounds, steps, sigma = 3, 4, 0.9
     shards = [(s.x.numpy(), s.y.numpy()) for s in (random_shard(20, seed=seed) for seed in range(3))]
-    config = RunConfig(
+    config = RunConfig().resolve(
         noise_level=level,  # type: ignore[arg-type]  # one of the literals
         rounds=rounds,
         local_steps=steps,

@@ -135,14 +135,14 @@ def each_attempt_draws_its_own_cohort(out: Path) -> None:
     settings: dict[str, Any] = {"gateways": 4000, "participation": 0.5, "noise_level": "gateway", "seed": 5}
     settings |= {"rounds": 3, "local_steps": 1, "batch_size": 1, "samples_per_gateway": 4, "out": out}
     try:
-        Orchestrator(config=RunConfig(**settings, pool="inline", device="cpu"), progress=StopAfter(2)).run()
+        Orchestrator(config=RunConfig().resolve(**settings, pool="inline", device="cpu"), progress=StopAfter(2)).run()
     except RunInterruptedError:
         pass
     else:
         raise AssertionError("the run was not cut off: the proof would prove nothing")
     newest = max((out / "checkpoint").glob("0*.safetensors"))
     newest.unlink()  # as if the crash had come before it: round 2 is done again
-    Orchestrator(config=RunConfig(resume=out, pool="inline", device="cpu", gateways_per_actor=1000)).run()
+    Orchestrator(config=RunConfig().resolve(resume=out, pool="inline", device="cpu", gateways_per_actor=1000)).run()
     lines = [json.loads(line) for line in (out / "private.jsonl").read_text().splitlines()]
     assert [(line["round"], line["attempt"]) for line in lines] == [(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)]
     present = np.zeros((len(lines), settings["gateways"]))

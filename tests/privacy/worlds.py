@@ -270,6 +270,6 @@ def data_free_run(num_params: int, progress: Silent | None = None, **settings: A
         [(shard.x.numpy(), shard.y.numpy())] * 2,
         model=lambda: wide_model(num_params),
         loss=product_loss,
-        config=RunConfig(**(fixed | settings)),
+        config=RunConfig().resolve(**(fixed | settings)),
         progress=progress,
     )

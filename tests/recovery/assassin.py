@@ -32,7 +32,9 @@ JOB: dict[str, Any] = {
 
 def train(out: Path, progress: Silent | None = None, **changes: Any) -> fedray.Run:
     """Run the job that is disturbed, with changes."""
-    return fedray.Orchestrator(config=fedray.RunConfig(**{**JOB, "out": out, **changes}), progress=progress).run()
+    return fedray.Orchestrator(
+        config=fedray.RunConfig().resolve(**{**JOB, "out": out, **changes}), progress=progress
+    ).run()
 
 
 class Clock(Silent):

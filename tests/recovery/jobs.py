@@ -33,12 +33,12 @@ _TIMEOUT_S = 60
 
 def train(out: Path, **changes: Any) -> fedray.Run:
     """Run the small job into a new directory."""
-    return fedray.Orchestrator(config=fedray.RunConfig(**{**SMALL, "out": out, **changes})).run()
+    return fedray.Orchestrator(config=fedray.RunConfig().resolve(**{**SMALL, "out": out, **changes})).run()
 
 
 def resume(path: Path, **changes: Any) -> fedray.Run:
     """Go on with a run directory."""
-    return fedray.Orchestrator(config=fedray.RunConfig(resume=path, **{"pool": "inline", **changes})).run()
+    return fedray.Orchestrator(config=fedray.RunConfig().resolve(resume=path, **{"pool": "inline", **changes})).run()
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, kill_after_s: float | None = None, **named: Any) -> int:

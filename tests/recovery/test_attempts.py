@@ -57,7 +57,7 @@ def arrive(ledger: Ledger, attempt: int, gateways: list[int]) -> int:
 
 def noise_of(attempt: int, gateways: list[int]) -> np.ndarray:
     """Return what the aggregation adds: the release of a sum that is zero."""
-    spec = prepare(RunConfig(**SMALL), UserParts()).spec
+    spec = prepare(RunConfig().resolve(**SMALL), UserParts()).spec
     keys = RoundKeys(round_key=KEY, round_index=1, attempt=attempt)
     return mechanism.aggregate(spec, keys, np.zeros(500), len(gateways), ranges_of(gateways))
 
@@ -151,7 +151,9 @@ def test_resume_with_other_groups_or_engine_draws_other_noise_and_charges_again(
 def last_epsilon(run: Path) -> dict[str, float]:
     from fedray.privacy.accounting import Charges, epsilon_by_unit
 
-    spec = prepare(RunConfig(**{**SMALL, "noise_level": lines(run / "ledger.jsonl")[0]["level"]}), UserParts()).spec
+    spec = prepare(
+        RunConfig().resolve(**{**SMALL, "noise_level": lines(run / "ledger.jsonl")[0]["level"]}), UserParts()
+    ).spec
     return dict(epsilon_by_unit(spec, Charges(steps=5 * SMALL["local_steps"], rounds=5)))
 
 
@@ -224,7 +226,7 @@ def test_left_out_gateways_are_charged_recorded_and_named(
 
 
 def test_check_budget_refuses_what_passes_it(tmp_path: Path) -> None:
-    plan = prepare(RunConfig(**SMALL, max_epsilon=6.0), UserParts())
+    plan = prepare(RunConfig().resolve(**SMALL, max_epsilon=6.0), UserParts())
     curve = EpsilonCurve(plan)
     ledger = ledger_of_round(None)
     with pytest.raises(Exception, match="past --max-epsilon 6"):

@@ -144,7 +144,7 @@ def test_max_update_norm_refuses_long_updates(on_failure: str, disk: Path) -> No
 
 def test_refused_update_counts_as_zero_at_the_gateway_level(disk: Path) -> None:
     """The divisor stays; what is released is the noise alone."""
-    config = fedray.RunConfig(
+    config = fedray.RunConfig().resolve(
         **{**SMALL, "rounds": 1, "max_update_norm": 1e-6, "on_failure": "drop", "noise_multiplier": 0.004},
         out=disk / "run",
     )

@@ -130,7 +130,7 @@ def test_resume_ends_as_undisturbed_when_a_driver_on_ray_is_killed(undisturbed: 
         time.sleep(rng.uniform(0, 0.1))
         driver.kill()
         driver.wait()
-        fedray.Orchestrator(config=fedray.RunConfig(resume=run)).run()
+        fedray.Orchestrator(config=fedray.RunConfig().resolve(resume=run)).run()
         assert outcome(run)["model"] == undisturbed["outcome"]["model"]
         assert outcome(run)["ledger"] == undisturbed["outcome"]["ledger"]
         assert outcome(run)["metrics"] == undisturbed["outcome"]["metrics"]

@@ -39,7 +39,7 @@ def test_hardware_names_processor_and_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_inputs_digest_sees_the_hardware_of_each_actor() -> None:
-    plan = prepare(RunConfig(**SMALL), UserParts())
+    plan = prepare(RunConfig().resolve(**SMALL), UserParts())
     params = plan.layout.flatten(plan.model)
     info = PoolInfo(summary="", groups=(range(2), range(2, 4)), device="cpu", hardware=("one", "one"))
     others = (info, *(replace(info, hardware=pair) for pair in (("other", "one"), ("one", "other"))))

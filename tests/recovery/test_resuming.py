@@ -41,7 +41,7 @@ def make_other() -> nn.Module:
 def own(
     shards: Any = SHARDS, *, model: Callable[[], Any] = make, test: Any = TEST, loss: Any = None, **settings: Any
 ) -> fedray.Run:
-    config = fedray.RunConfig(**({} if "resume" in settings else OWN) | {"pool": "inline"} | settings)
+    config = fedray.RunConfig().resolve(**({} if "resume" in settings else OWN) | {"pool": "inline"} | settings)
     return fedray.Orchestrator(shards, model=model, test=test, loss=loss, config=config).run()
 
 
@@ -190,7 +190,7 @@ def test_no_keep_key_run_can_be_extended(disk: Path) -> None:
 
 
 def hold(run: Path, ready: Path) -> None:
-    orchestrator = fedray.Orchestrator(config=fedray.RunConfig(resume=run, pool="inline"))
+    orchestrator = fedray.Orchestrator(config=fedray.RunConfig().resolve(resume=run, pool="inline"))
     ready.write_text("held")
     os.kill(os.getpid(), 9)
     raise AssertionError(orchestrator)
@@ -198,7 +198,7 @@ def hold(run: Path, ready: Path) -> None:
 
 def test_two_processes_cannot_resume_one_directory(disk: Path) -> None:
     assert in_child(cut_off_after_charge, disk / "run", 3, {"rounds": 3}) == -9
-    first = fedray.Orchestrator(config=fedray.RunConfig(resume=disk / "run", pool="inline"))
+    first = fedray.Orchestrator(config=fedray.RunConfig().resolve(resume=disk / "run", pool="inline"))
     assert in_child(refused, disk / "run") == 0
     first.run()
     assert in_child(hold, disk / "run", disk / "ready") == -9  # a killed holder lets go
@@ -208,7 +208,7 @@ def test_two_processes_cannot_resume_one_directory(disk: Path) -> None:
 
 def refused(run: Path) -> None:
     with pytest.raises(InputError, match="in use by another process"):
-        fedray.Orchestrator(config=fedray.RunConfig(resume=run, pool="inline"))
+        fedray.Orchestrator(config=fedray.RunConfig().resolve(resume=run, pool="inline"))
 
 
 def test_a_running_run_cannot_be_resumed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

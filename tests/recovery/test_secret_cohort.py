@@ -33,7 +33,7 @@ MILLION: dict[str, Any] = {
 
 def a_million(out: Path, result: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fedray.Orchestrator(config=fedray.RunConfig(**MILLION, out=out)).run()
+    fedray.Orchestrator(config=fedray.RunConfig().resolve(**MILLION, out=out)).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result.write_text(json.dumps({"before_kb": before, "peak_kb": peak}))
 

@@ -163,7 +163,7 @@ def federation(kind: str, level: str, out: Path, **changes: Any) -> fedray.Orche
         [as_kind(records(24 + gateway, gateway), kind) for gateway in range(3)],
         model=masked_model,
         test=as_kind(records(40, 9), kind),
-        config=fedray.RunConfig(**{**settings, "noise_level": level, **changes}),
+        config=fedray.RunConfig().resolve(**{**settings, "noise_level": level, **changes}),
     )
 
 
@@ -198,7 +198,7 @@ def test_identity_covers_every_input_and_its_name(tmp_path: Path) -> None:
 
     def identity(changed: Any) -> dict[str, str]:
         pairs = [records(24, 0), records(24, 1)]
-        config = fedray.RunConfig(batch_size=8, pool="inline", seed=0, out=tmp_path / "run")
+        config = fedray.RunConfig().resolve(batch_size=8, pool="inline", seed=0, out=tmp_path / "run")
 
         held = [(changed(x), y) for x, y in pairs]
         plan = fedray.Orchestrator(held, model=AnyNames, test=held[0], config=config).plan
@@ -229,5 +229,5 @@ def test_resume_refuses_a_changed_input(tmp_path: Path) -> None:
             held,
             model=masked_model,
             test=records(40, 9),
-            config=fedray.RunConfig(resume=tmp_path / "run", rounds=3, gateways=3),
+            config=fedray.RunConfig().resolve(resume=tmp_path / "run", rounds=3, gateways=3),
         ).run()

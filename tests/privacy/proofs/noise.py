@@ -174,7 +174,7 @@ def retry_has_other_noise(out: Path) -> None:
     """
 
     def run(progress: Silent, **settings: Any) -> None:
-        config = RunConfig(
+        config = RunConfig().resolve(
             pool="inline", device="cpu", samples_per_gateway=Fuse.num_records, memory_limit=1, **settings
         )
         Orchestrator(Fuse(), model=lambda: model_of("mlp"), loss=product_loss, config=config, progress=progress).run()

@@ -1,0 +1,1 @@
+"""Settings: groups, files, names."""
