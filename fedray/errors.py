@@ -55,5 +55,11 @@ class BudgetExhaustedError(FedrayError):
     exit_code = 0
 
 
+class StopAskedError(FedrayError):
+    """A callback asked the run to stop."""
+
+    exit_code = 0
+
+
 class DamagedRunError(InputError):
     """A file of a run directory is missing, damaged or does not belong to it."""

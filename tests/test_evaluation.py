@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
-from fedray.tasks.evaluation import Evaluation, Score
+from fedray.orchestrator.evaluation import Evaluation, Score
+from fedray.tasks.classification import Classification, cross_entropy
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Y = torch.randn(9000, 6, generator=RANDOM), torch.randint(3, (9000,), generator=RANDOM)
@@ -35,7 +35,7 @@ def score(x: Any, y: torch.Tensor, outputs: int = 3) -> Score:
     torch.manual_seed(1)
     model = Parts(outputs)
     Parts.sizes.clear()
-    found = Evaluation(model, (x, y), cross_entropy, True, torch.device("cpu"))
+    found = Evaluation(model, (x, y), Classification(), torch.device("cpu"))
     return found.score(Layout.of(model).flatten(model))
 
 
@@ -43,7 +43,7 @@ def test_score_is_that_of_all_records() -> None:
     torch.manual_seed(1)
     output = Parts()(X).detach()
     found = score(X, Y)
-    assert found.accuracy == pytest.approx(float((output.argmax(1) == Y).double().mean()))
+    assert found.metrics["accuracy"] == pytest.approx(float((output.argmax(1) == Y).double().mean()))
     assert found.loss == pytest.approx(float(cross_entropy(output, Y).double().mean()))
 
 

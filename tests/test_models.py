@@ -12,6 +12,10 @@ from torch import nn
 from fedray.errors import InputError
 from fedray.models import calls, checks, reference
 from fedray.privacy.streams import forked_global_rng
+from fedray.tasks.classification import Classification, cross_entropy
+from fedray.tasks.own_loss import OwnLoss
+
+CLASSES = Classification()
 
 X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])
 
@@ -92,14 +96,14 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_check_accepts(name: str) -> None:
     with forked_global_rng(1):
-        assert checks.check(GOOD[name](), X, Y, None) == 3
+        assert checks.check(GOOD[name](), X, Y, CLASSES) == (3,)
 
 
 def test_check_leaves_the_model_unchanged() -> None:
     model = GOOD["dropout"]()
     before = copy.deepcopy(model.state_dict())
     with forked_global_rng(1):
-        checks.check(model, X, Y, None)
+        checks.check(model, X, Y, CLASSES)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
@@ -112,7 +116,7 @@ def test_check_sees_a_coupling_even_if_all_records_are_equal() -> None:
             return self.layer(x - x.mean(dim=0))
 
     with forked_global_rng(1), pytest.raises(InputError, match="depends on the other records"):
-        checks.check(Centred(), torch.ones(1, 6), Y[:1], None)
+        checks.check(Centred(), torch.ones(1, 6), Y[:1], CLASSES)
 
 
 def test_check_names_the_module_that_couples() -> None:
@@ -122,21 +126,21 @@ def test_check_names_the_module_that_couples() -> None:
 
     model = nn.Sequential(nn.Linear(6, 4), Sorted(), nn.Linear(4, 3))
     with pytest.raises(InputError, match=r"the output of 1 \(Sorted\) for a record depends on the other records"):
-        checks.check(model, X, Y, None)
+        checks.check(model, X, Y, CLASSES)
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
 def test_check_names_batch_norm_and_the_remedy(kind: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(kind(8)), nn.Linear(8, 3))
     with pytest.raises(InputError, match=rf"1\.0 is {kind.__name__}.*use GroupNorm or LayerNorm, or --fix-model"):
-        checks.check(model, X, Y, None)
+        checks.check(model, X, Y, CLASSES)
 
 
 def test_check_refuses_instance_norm_that_keeps_statistics() -> None:
     model = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten())
     model.append(nn.Linear(6, 3))
     with pytest.raises(InputError, match=r"buffer 1\.running_mean changes during a forward pass"):
-        checks.check(model, X, Y, None)
+        checks.check(model, X, Y, CLASSES)
 
 
 def test_fix_replaces_batch_norm() -> None:
@@ -144,12 +148,12 @@ def test_fix_replaces_batch_norm() -> None:
     assert isinstance(model, nn.Sequential)
     assert isinstance(model[1], nn.GroupNorm)
     assert model[:2](X).std() > 0.1  # one feature a group would normalise everything away
-    assert checks.check(model, X, Y, None) == 3
+    assert checks.check(model, X, Y, CLASSES) == (3,)
 
 
 def test_fix_replaces_batch_norm_of_images() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3))
-    assert checks.check(checks.fix(model), torch.rand(3, 1, 8, 8), Y[:3], None) == 3
+    assert checks.check(checks.fix(model), torch.rand(3, 1, 8, 8), Y[:3], CLASSES) == (3,)
 
 
 def test_fix_leaves_a_good_model_alone() -> None:
@@ -159,7 +163,7 @@ def test_fix_leaves_a_good_model_alone() -> None:
 
 
 def test_cross_entropy_gives_one_value_a_record() -> None:
-    values = calls.cross_entropy(torch.zeros(5, 4), Y)
+    values = cross_entropy(torch.zeros(5, 4), Y)
     assert torch.allclose(values, torch.full((5,), 4.0).log())
 
 
@@ -190,15 +194,15 @@ class TimeFirst(torch.nn.Module):
 )
 def test_check_refuses_coupling_that_spares_the_first_record(model: torch.nn.Module, x: torch.Tensor) -> None:
     with pytest.raises(InputError, match="depends on the other records"):
-        checks.check(model, x, torch.zeros(3, dtype=torch.int64), None)
+        checks.check(model, x, torch.zeros(3, dtype=torch.int64), CLASSES)
 
 
 def test_check_refuses_a_loss_that_couples_records() -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return calls.cross_entropy(output, target) - output.mean()
+        return cross_entropy(output, target) - output.mean()
 
     with pytest.raises(InputError, match="loss of a record depends on the other records"):
-        checks.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), loss)
+        checks.check(torch.nn.Linear(4, 2), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), OwnLoss(loss))
 
 
 def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:
@@ -207,7 +211,7 @@ def test_check_refuses_outputs_that_only_the_loss_sorts_into_records() -> None:
 
     model = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.Linear(4, 2))
     with pytest.raises(InputError, match=r"outputs have shape \(15, 2\) for 3 records"):
-        checks.check(model, torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64), loss)
+        checks.check(model, torch.randn(3, 5, 4), torch.zeros(3, dtype=torch.int64), OwnLoss(loss))
 
 
 class Mean(torch.nn.Module):
@@ -256,7 +260,7 @@ def test_call_model_takes_the_logits_of_an_output() -> None:
 
 
 def test_check_accepts_an_output_with_logits() -> None:
-    assert checks.check(Wrapped(), X, Y, None) == 3
+    assert checks.check(Wrapped(), X, Y, CLASSES) == (3,)
 
 
 @pytest.mark.parametrize("logits", [None, [0.0]])
@@ -266,13 +270,13 @@ def test_check_refuses_an_output_without_a_tensor(logits: object) -> None:
             return Scores(logits)
 
     with pytest.raises(InputError, match=r"it returned Scores, not a tensor or an object whose \.logits is one"):
-        checks.check(Odd(), X, Y, None)
+        checks.check(Odd(), X, Y, CLASSES)
 
 
 @pytest.mark.parametrize("x", [(X, MASK), {"values": X, "mask": MASK}])
 def test_check_accepts_several_inputs(x: Any) -> None:
     with forked_global_rng(1):
-        assert checks.check(Pair(), x, Y, None) == 3
+        assert checks.check(Pair(), x, Y, CLASSES) == (3,)
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -281,7 +285,7 @@ def test_check_sees_a_coupling_through_several_inputs(named: bool, number: int) 
     values, mask = X[:number], MASK[:number]
     x: Any = {"values": values, "mask": mask} if named else (values, mask)
     with forked_global_rng(1), pytest.raises(InputError, match="depends on the other records"):
-        checks.check(Pair(coupled=True), x, Y[:number], None)
+        checks.check(Pair(coupled=True), x, Y[:number], CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +300,7 @@ def test_check_sees_a_coupling_through_several_inputs(named: bool, number: int) 
 )
 def test_check_says_how_several_inputs_were_handed_over(x: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        checks.check(Pair(), x, Y, None)
+        checks.check(Pair(), x, Y, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])

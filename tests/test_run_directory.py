@@ -102,7 +102,7 @@ def test_metrics_hold_one_line_a_round(run: fedray.Run) -> None:
     assert records == list(run.history)
     units = {unit for unit, _ in GUARANTEES[run.privacy["noise_level"]]}
     for index, record in enumerate(records, start=1):
-        assert set(record) == {"round", "accuracy", "loss", "epsilon", "seconds", "samples_per_s"}
+        assert set(record) == {"round", "accuracy", "loss", "metrics", "epsilon", "seconds", "samples_per_s"}
         assert record["round"] == index
         assert isinstance(record["accuracy"], float)
         assert isinstance(record["loss"], float)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedray.data.inputs import Inputs
-from fedray.models.calls import cross_entropy
+from fedray.tasks.classification import cross_entropy
 
 Records = tuple[Inputs, torch.Tensor]
 class_losses = cross_entropy  # fedray's default

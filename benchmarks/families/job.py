@@ -24,6 +24,7 @@ from fedray.pool.worker import memory_share
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys
+from fedray.tasks.own_loss import OwnLoss
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import Trainer
 
@@ -130,9 +131,9 @@ class Job:
         )
         some = [self.shards[gateway % len(self.shards)] for gateway in range(_PLANNED)]
         shards = [(arrays(shard.x), shard.y.numpy()) for shard in some]
-        loss = None if self.family.loss is class_losses else self.family.loss
+        task = None if self.family.loss is class_losses else OwnLoss(self.family.loss)
         try:
-            return prepare(config, UserParts(shards=shards, model=self.model, loss=loss))
+            return prepare(config, UserParts(shards=shards, model=self.model, task=task))
         except Exception as error:  # whatever stops a run before it starts
             raise Refused(reason(error)) from error
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import workload
 
 from fedray.config.settings import RunConfig
-from fedray.models.calls import cross_entropy
 from fedray.privacy.spec import PrivacySpec
+from fedray.tasks.classification import cross_entropy
 from fedray.training.trainer import LocalTraining
 
 DELTA = 1e-5

@@ -31,16 +31,16 @@ import workload
 from measurement import Measurement
 
 from fedray.orchestrator.rounds import Orchestrator, Run
-from fedray.reports.progress import Silent
+from fedray.reports.callback import Callback, RoundDone
 
 
-class RoundClock(Silent):
+class RoundClock(Callback):
     """Marks the ends of rounds."""
 
     def __init__(self, measurement: Measurement) -> None:
         self._measurement = measurement
 
-    def round(self, record: dict[str, Any], rounds: int) -> None:
+    def on_round(self, done: RoundDone) -> None:
         self._measurement.round_ended()
 
 
@@ -86,7 +86,7 @@ def main(workload_path: str, result_path: str, records: str | None = None) -> No
     shards, num_records = load_shards(job, None if records is None else int(records))
     with tempfile.TemporaryDirectory() as folder:
         config = fedray_job.run_config(job, num_records, Path(folder) / "run")
-        run = Orchestrator(shards, model=job.build_model, config=config, progress=RoundClock(measurement)).run()
+        run = Orchestrator(shards, model=job.build_model, config=config, callbacks=[RoundClock(measurement)]).run()
     if job.rounds == 1:
         measurement.count_first_round(run.history[0]["seconds"]["total"])
     measurement.write(

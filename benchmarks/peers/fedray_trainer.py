@@ -17,7 +17,8 @@ import torch
 import workload
 from measurement import Measurement
 
-from fedray.algorithms.aggregation import FedAvg, weighted_sum
+from fedray.algorithms.aggregation import weighted_sum
+from fedray.algorithms.server_optimizer import ServerSGD
 from fedray.data.shards import Shard
 from fedray.models.layout import Layout
 from fedray.privacy import mechanism
@@ -40,7 +41,7 @@ def run(job: workload.Workload, measurement: Measurement) -> dict[str, torch.Ten
     shards, model = load_shards(job), job.build_model()
     training = fedray_job.local_training(job, shards[0].num_records)
     trainer = new_trainer("stacked", model, training, CPU)
-    layout, server, gateways = Layout.of(model), FedAvg(), range(job.gateways)
+    layout, server, gateways = Layout.of(model), ServerSGD(), range(job.gateways)
     params, spec = layout.flatten(model), training.privacy
     for index in range(1, job.rounds + 1):
         keys = RoundKeys(round_key=secrets.token_bytes(32), round_index=index)
@@ -49,7 +50,8 @@ def run(job: workload.Workload, measurement: Measurement) -> dict[str, torch.Ten
             updates = clip_rows(torch.from_numpy(updates), spec.clip_norm).numpy()
         total = weighted_sum(list(updates), np.ones(job.gateways).tolist(), CPU)
         arrived = ((0, job.gateways - 1),)
-        params = server.step(params, mechanism.aggregate(spec, keys, total, float(job.gateways), arrived))
+        mean = mechanism.aggregate(spec, keys, total, float(job.gateways), arrived)
+        params, _ = server.step(params, mean, {})
         measurement.round_ended()
     layout.load(model, params)
     return dict(model.named_parameters())

@@ -80,7 +80,7 @@ def time_rounds(job: workload.Workload) -> Times:
     model = job.build_model()
     layout = Layout.of(model)
     params = layout.flatten(model)
-    rules = RecordRules.of(np.zeros((1, *RECORD_SHAPE), np.float32), None)
+    rules = RecordRules.of(np.zeros((1, *RECORD_SHAPE), np.float32))
     training = fedray_job.local_training(job, job.batch_size)
     setup = EchoSetup(model=model, training=training, shards=[], rules=rules, engine="stacked")
     pool = RayPool(setup, job.processes, 1, "cpu", None, Patience(max_failures=0, round_timeout_s=60.0, drop=False))
@@ -94,7 +94,7 @@ def time_rounds(job: workload.Workload) -> Times:
             pool.begin(keys, params, range(job.processes))
             results = pool.collect()
             marks.append(time.perf_counter())
-            total, _, _ = gather(results, layout, torch.device("cpu"), index)
+            total = gather(results, layout, torch.device("cpu"), index).total
             del results  # as the orchestrator does
             marks.append(time.perf_counter())
             for _ in range(1 + job.processes):

@@ -1,9 +1,9 @@
-"""Sums over gateways and the server's step (FedAvg, McMahan et al. 2017, Algorithm 1)."""
+"""What actors answer with, and the sum over gateways."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ class GroupResult:
 
     Args:
         gateways: Ids, one row each.
-        updates: `[G, P]`; clipped at the `gateway` level. None when it is large: then `total` stands for it.
+        updates: `[G, W]`, what each uploads; clipped at the `gateway` level. None when it is large: then `total` stands for it.
         weights: One a gateway, or None for 1 each (record counts leave a gateway only when the user asked for it).
         layout_digest: Of the model that made the updates.
-        total: `[P]`, the weighted sum of the updates in gateway order, or None.
+        total: `[W]`, the weighted sum of the updates in gateway order, or None.
         failures: What was wrong with the gateways that were left out, a sentence each.
     """
 
@@ -81,19 +81,43 @@ def matrix_sum(
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """A round's uploads.
+
+    Args:
+        total: `[W]`, their weighted sum in gateway order.
+        weight: The sum of the weights.
+        arrived: Gateways that are in it.
+        rows: Each gateway's, `[W]`, where they are asked for; they lie in memory that answers came in.
+        weights: One a row.
+    """
+
+    total: Float64Array
+    weight: float
+    arrived: list[int]
+    rows: list[Float32Array | Float64Array] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
 def gather(
-    results: Sequence[GroupResult], layout: Layout, device: torch.device, round_index: int = 1
-) -> tuple[Float64Array, float, list[int]]:
-    """Add up the groups' updates in gateway order, in one pass over the memory that they take.
+    results: Sequence[GroupResult],
+    layout: Layout,
+    device: torch.device,
+    round_index: int = 1,
+    *,
+    uploads: int = 1,
+    keep_rows: bool = False,
+) -> Gathered:
+    """Add up the groups' uploads in gateway order, in one pass over the memory that they take.
 
     Args:
         results: In gateway order.
         layout: Of the orchestrator's model.
         device: Where to add up.
         round_index: For messages.
-
-    Returns:
-        The sum `[P]`, the sum of the weights, and the gateways that arrived.
+        uploads: How many vectors each gateway uploads; W = P · uploads.
+        keep_rows: Whether each gateway's upload is wanted, too; they came one by one then.
 
     Raises:
         RunFailedError: A group answered with another layout or shape, or with values that are not finite.
@@ -104,21 +128,24 @@ def gather(
     for result in results:
         if not result.gateways:
             continue
-        values = _values(result, layout)
+        values = _values(result, layout, uploads)
         weights = result.weights or [1.0] * len(result.gateways)
         weight += sum(weights)
         rows += [values] if result.updates is None else list(values)
         row_weights += [1.0] if result.updates is None else weights
     with np.errstate(over="ignore", invalid="ignore"):
-        total = weighted_sum(rows, row_weights, device) if rows else np.zeros(layout.num_params)
+        total = weighted_sum(rows, row_weights, device) if rows else np.zeros(uploads * layout.num_params)
         suspicious = not np.isfinite(total.sum())  # cheap; it may overflow, so the values themselves decide
     if suspicious:
         for result in results:
             _check_finite(result, round_index)
-    return total, weight, [gateway for result in results for gateway in result.gateways]
+    arrived = [gateway for result in results for gateway in result.gateways]
+    if not keep_rows:
+        return Gathered(total=total, weight=weight, arrived=arrived)
+    return Gathered(total=total, weight=weight, arrived=arrived, rows=rows, weights=row_weights)
 
 
-def _values(result: GroupResult, layout: Layout) -> npt.NDArray[Any]:
+def _values(result: GroupResult, layout: Layout, uploads: int) -> npt.NDArray[Any]:
     """Return what a group answered with, in the form that it must have."""
     names = f"gateways {result.gateways[0]}–{result.gateways[-1]}"
     if result.layout_digest != layout.digest:
@@ -126,7 +153,7 @@ def _values(result: GroupResult, layout: Layout) -> npt.NDArray[Any]:
             f"{names} answered with another model layout than the orchestrator's; all machines must run the same code."
         )
     values: npt.NDArray[Any] | None = result.updates
-    wanted: tuple[int, ...] = (len(result.gateways), layout.num_params)
+    wanted: tuple[int, ...] = (len(result.gateways), uploads * layout.num_params)
     if result.total is not None:
         values, wanted = result.total, wanted[1:]
     if values is None or values.shape != wanted:
@@ -148,12 +175,3 @@ def _check_finite(result: GroupResult, round_index: int) -> None:
         f"{names} answered with NaN or infinite values in round {round_index}; they were not averaged: perhaps "
         "local training diverged; lower --lr, or use --on-failure drop."
     )
-
-
-@dataclass
-class FedAvg:
-    """The server that adds the average update to the parameters (learning rate 1, no state)."""
-
-    def step(self, params: Float32Array, mean_update: Float64Array) -> Float32Array:
-        """Return the next parameters `[P]`; `mean_update` is overwritten."""
-        return np.add(params, mean_update, out=mean_update).astype(np.float32)

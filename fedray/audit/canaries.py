@@ -12,8 +12,9 @@ from scipy import fft
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.data.shards import Shard
-from fedray.models.calls import Loss, call_model
+from fedray.models.calls import call_model
 from fedray.models.layout import Layout
+from fedray.tasks.own_loss import Loss
 
 Float32Array = npt.NDArray[np.float32]
 _FAR = 30.0  # an out-of-distribution record lies this many times as far out as the farthest value of the data

@@ -105,9 +105,9 @@ class Federation:
         return (released * spec.expected_cohort - rest.total) / spec.clip_norm
 
     def _gathered(self, results: Sequence[GroupResult]) -> Sum:
-        total, weight, _ = gather(results, self._lab.plan.layout, torch.device("cpu"))
+        gathered = gather(results, self._lab.plan.layout, torch.device("cpu"))
         ids = tuple(gateway for result in results for gateway in result.gateways)
-        return Sum(total=total, weight=weight, gateways=ids)
+        return Sum(total=gathered.total, weight=gathered.weight, gateways=ids)
 
 
 def attack_aggregation(lab: Lab) -> list[Finding]:

@@ -13,10 +13,11 @@ import torch
 from fedray.audit.lab import SameShard
 from fedray.data import digits
 from fedray.data.shards import Shard
-from fedray.models import calls, reference
+from fedray.models import reference
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys, forked_global_rng
 from fedray.reports import pictures
+from fedray.tasks.classification import cross_entropy
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 
@@ -76,7 +77,7 @@ def _update(model: torch.nn.Module, shard: Shard, sigma: float, rng: np.random.G
         local_steps=1,
         expected_cohort=1.0,
     )
-    training = LocalTraining(privacy=spec, optimizer="sgd", lr=1.0, loss=calls.cross_entropy)
+    training = LocalTraining(privacy=spec, optimizer="sgd", lr=1.0, loss=cross_entropy)
     trainer = new_trainer("stacked", model, training, torch.device("cpu"))
     params = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
     keys = RoundKeys(round_key=rng.bytes(32), round_index=1)

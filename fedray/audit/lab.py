@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.algorithms.aggregation import FedAvg, gather
+from fedray.algorithms.aggregation import gather
+from fedray.algorithms.fedavg import FedAvg
+from fedray.algorithms.server_optimizer import State
 from fedray.data.shards import Shard, ShardCache
+from fedray.errors import InputError
 from fedray.orchestrator.charged_rounds import participation
 from fedray.orchestrator.plan import Plan
 from fedray.pool import worker
@@ -73,9 +76,17 @@ class Lab:
     Args:
         plan: The run's own plan; nothing is charged by it.
         effort: How much to try.
+
+    Raises:
+        InputError: Its algorithm uploads more than an update.
     """
 
     def __init__(self, plan: Plan, effort: Effort) -> None:
+        if len(plan.training.algorithm.uploads) != 1:
+            raise InputError(
+                f"--algorithm {plan.config.federation.algorithm} uploads {', '.join(plan.training.algorithm.uploads)}; audit "
+                "attacks algorithms that upload the update alone."
+            )
         self.plan = plan
         self.effort = effort
         self.spec = plan.spec
@@ -92,7 +103,7 @@ class Lab:
     @property
     def sigma(self) -> float:
         """The claimed noise multiplier; claims are computed from it, bounds never."""
-        return self.spec.noise_multiplier
+        return self.spec.charged_multiplier
 
     @property
     def by_record(self) -> bool:
@@ -115,12 +126,13 @@ class Lab:
         initial = self.plan.layout.flatten(self.plan.model)
         trainer = worker.Worker(replace(self.plan.setup, max_update_norm=None), self.device)
         cohort = range(min(self.plan.config.federation.gateways, _TRAINED_GATEWAYS))
-        params, keys, server, start = initial, self.keys("trained"), FedAvg(), time.perf_counter()
+        params, keys, start = initial, self.keys("trained"), time.perf_counter()
+        state: State = {}
         for _ in range(min(_TRAINED_ROUNDS, self.plan.config.federation.rounds)):
-            total, weight, arrived = gather(
-                [trainer.train(keys, params, cohort)], self.plan.layout, torch.device("cpu")
-            )
-            params = server.step(params, mechanism.aggregate(self.spec, keys, total, weight, ranges_of(arrived)))
+            uploads = gather([trainer.train(keys, params, cohort)], self.plan.layout, torch.device("cpu"))
+            arrived = ranges_of(uploads.arrived)
+            released = mechanism.aggregate(self.spec, keys, uploads.total, uploads.weight, arrived)
+            params, state = self.plan.server(params, released, uploads, state)
             keys = keys.following()
             if time.perf_counter() - start > self.effort.training_seconds:
                 break
@@ -146,7 +158,8 @@ class Lab:
 
     def training(self, spec: PrivacySpec, plain_steps: float | None = None) -> LocalTraining:
         """Return how gateways train, as `trainer` takes it."""
-        training = replace(self.plan.training, privacy=spec)
+        # What an algorithm makes of released gradients is post-processing: attacks read them as FedAvg uploads them.
+        training = replace(self.plan.training, privacy=spec, algorithm=FedAvg())
         return training if plain_steps is None else replace(training, optimizer="sgd", lr=plain_steps)
 
     def keys(self, attack: str, number: int = 0, round_index: int = 1) -> RoundKeys:

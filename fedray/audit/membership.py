@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.algorithms.aggregation import FedAvg
+from fedray.algorithms.server_optimizer import ServerSGD
 from fedray.audit import power
 from fedray.audit.bounds import TradeOff, one_run_limit
 from fedray.audit.canaries import Directions
@@ -80,11 +80,11 @@ def attack_one_run(lab: Lab) -> list[Finding]:
     trainer = lab.trainer(lab.spec)
     trainer.observer = reader
     shards = _MemberShards(lab.shards[0], members)
-    params, keys, server, rounds = lab.params, lab.keys("one run"), FedAvg(), 0
+    params, keys, server, rounds = lab.params, lab.keys("one run"), ServerSGD(), 0
     start = time.perf_counter()
     while rounds < lab.plan.config.federation.rounds and time.perf_counter() - start < lab.effort.game_seconds:
         updates = trainer.train(keys, params, range(gateways), shards)
-        params = server.step(params, updates.astype(np.float64).mean(axis=0))
+        params, _ = server.step(params, updates.astype(np.float64).mean(axis=0), {})
         keys = keys.following()
         rounds += 1
     return [_finding(lab, inside.ravel(), reader.scores.ravel(), rounds)]

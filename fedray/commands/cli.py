@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (
             argv is None and config.machine.pool == "ray"
         ):  # the process' own command line: its start is what a user waits for
-            threading.Thread(target=importlib.import_module, args=("fedray.orchestrator.rounds",), daemon=True).start()
+            threading.Thread(target=_import_early, daemon=True).start()
             connection.connect_early(config.machine.ray_address)
         return _run(config, explicit_fields(arguments))
     except FedrayError as error:
@@ -142,10 +142,15 @@ def _run(config: RunConfig, explicit: set[str]) -> int:
         if config.run.dry_run:
             dry_run(config, explicit)
         else:
-            Orchestrator(config=config, progress=terminal, explicit=explicit).run()
+            Orchestrator(config=config, callbacks=[terminal], explicit=explicit).run()
     finally:
         terminal.close()
     return 0
+
+
+def _import_early() -> None:
+    with contextlib.suppress(BaseException):  # the process may end meanwhile; what is wrong shows where it is needed
+        importlib.import_module("fedray.orchestrator.rounds")
 
 
 def _interrupt(_signal: int, _frame: Any) -> None:

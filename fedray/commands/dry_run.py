@@ -35,7 +35,7 @@ def dry_run(config: RunConfig, explicit: Collection[str]) -> None:
     with ExitStack() as stack:
         plan, reopened = planned(config, UserParts(), explicit, stack)
         if reopened is not None and reopened.is_complete(plan.config):
-            Terminal().finish([reopened.already_complete()])
+            Terminal().say([reopened.already_complete()])
             return
         if reopened is not None:
             reopened.check_goes_on(plan, None if plan.federation.lazy else {})
@@ -66,8 +66,10 @@ def _show(plan: Plan, reopened: ResumedRun | None) -> None:
         *_stops(plan, charges),
     ]  # fmt: skip
     terminal = Terminal()
-    terminal.start("fedray --dry-run: nothing was trained or written", rows, [*inspection.remarks, *plan.warnings()])
-    terminal.finish([])
+    terminal.show_plan(
+        "fedray --dry-run: nothing was trained or written", rows, [*inspection.remarks, *plan.warnings()]
+    )
+    terminal.close()
 
 
 def _stops(plan: Plan, charges: Charges) -> list[tuple[str, str]]:
@@ -81,7 +83,12 @@ def _stops(plan: Plan, charges: Charges) -> list[tuple[str, str]]:
 
 def _modules(config: RunConfig) -> list[str]:
     """Return the modules that hold the user's code."""
-    names = [name for name in (config.data.dataset, config.training.model) if is_reference(name)]
+    federation, training, privacy = config.federation, config.training, config.privacy
+    named = [
+        *(config.data.dataset, config.data.partition, training.task, training.model, privacy.clip, privacy.noise_shape),
+        *(federation.algorithm, federation.aggregator, federation.server_optimizer, *config.run.track.split(",")),
+    ]
+    names = [name for name in named if is_reference(name)]
     return list(dict.fromkeys(name.partition(":")[0] for name in names))
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fedray.config.data import DataSettings
 from fedray.config.federation import FederationSettings
 from fedray.config.machine import MachineSettings
-from fedray.config.privacy import PrivacySettings
+from fedray.config.privacy import DEFAULT_NOISE_MULTIPLIER, PrivacySettings
 from fedray.config.rules import Declaration, declarations, flag
 from fedray.config.run import RunSettings
 from fedray.config.training import TrainingSettings
 from fedray.errors import InputError
 from fedray.privacy.levels import LEVELS
+from fedray.privacy.shapes import Clipping, FixedClipping, IndependentNoise, NoiseShape
+from fedray.privacy.spec import PrivacySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,36 @@ class RunConfig:
         if changes:
             raise TypeError(f"{', '.join(changes)} is no setting")
         return dataclasses.replace(self, **groups)
+
+    def spec(
+        self,
+        nominal_records: int,
+        clipping: Clipping = FixedClipping(),
+        noise_shape: NoiseShape = IndependentNoise(),
+    ) -> PrivacySpec:
+        """Return the public constants of a run with these settings.
+
+        Args:
+            nominal_records: The public size of a shard.
+            clipping: Of --clip.
+            noise_shape: Of --noise-shape.
+        """
+        sigma = self.privacy.noise_multiplier
+        return PrivacySpec(
+            noise_level=self.privacy.noise_level,
+            noise_multiplier=DEFAULT_NOISE_MULTIPLIER if sigma is None else sigma,
+            clip_norm=self.privacy.clip_norm,
+            delta=self.privacy.delta,
+            batch_size=self.training.batch_size,
+            sample_rate=self.training.batch_size / nominal_records,
+            local_steps=self.training.local_steps,
+            expected_cohort=self.federation.gateways * self.federation.participation,
+            weights=self.federation.weights,
+            participation=self.federation.participation,
+            arrival_may_depend_on_data=self.federation.on_failure == "drop",
+            clipping=clipping,
+            noise_shape=noise_shape,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings by name as JSON values, without their groups, as config.json holds them."""

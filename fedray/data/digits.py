@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fedray.data.source import Federation, Wanted
 from fedray.errors import InputError
 from fedray.privacy.streams import numpy_generator
 
@@ -12,6 +13,20 @@ NUM_TEST = 360
 _PUBLIC_KEY = b"fedray digits split, a public key"[:32]
 
 Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+
+
+class Digits:
+    """--dataset digits."""
+
+    def load(self, wanted: Wanted) -> Federation:
+        """Return the 1,437 training images, split over gateways, and the 360 of the test."""
+        if wanted.samples_per_gateway is not None:
+            raise InputError(
+                f"--samples-per-gateway is {wanted.samples_per_gateway} with --dataset digits; it applies to toy and to "
+                "lazily loaded shards: leave it out."
+            )
+        train, test = load()
+        return wanted.cut(train, test, "--dataset digits")
 
 
 def load() -> tuple[Arrays, Arrays]:

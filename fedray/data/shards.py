@@ -16,6 +16,10 @@ from fedray.data import inputs
 from fedray.data.gateway import Gateway
 from fedray.data.inputs import Array, InputArrays, Inputs, leaf_names, leaves, rebuilt
 from fedray.errors import GatewayError, InputError
+from fedray.tasks.classification import Classification
+from fedray.tasks.task import Task, finite
+
+CLASSES = Classification()
 
 
 class Shards(Protocol):
@@ -32,7 +36,7 @@ class Shard:
 
     Args:
         x: Each tensor `[N, …]` float32, int64 or, among several, bool.
-        y: `[N]` or `[N, …]`; int64 class indices unless the user brought a loss.
+        y: `[N, …]`, int64 or float32: class indices, or what else the task takes.
     """
 
     x: Inputs
@@ -77,17 +81,19 @@ class RecordRules:
 
     Args:
         record: A `LeafRule` for each tensor of x, in x's structure.
-        num_classes: Labels are 0 … num_classes − 1; None when the user brought a loss of its own.
+        task: Checks targets.
+        outputs: Shape of the model's output for a record, which targets must fit; None where nothing is known of it.
     """
 
     record: LeafRule | tuple[LeafRule, ...] | dict[str, LeafRule]
-    num_classes: int | None
+    task: Task
+    outputs: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, x: InputArrays, num_classes: int | None) -> RecordRules:
+    def of(cls, x: InputArrays, task: Task = CLASSES, outputs: tuple[int, ...] | None = None) -> RecordRules:
         """Return the rules that records like these keep."""
         rules = [LeafRule(shape=tuple(leaf.shape[1:]), kind=leaf.dtype.name) for leaf in leaves(x)]
-        return cls(record=rebuilt(x, rules), num_classes=num_classes)
+        return cls(record=rebuilt(x, rules), task=task, outputs=outputs)
 
     def check(self, x: InputArrays, y: Array, where: str) -> None:
         """Raise InputError when a checked pair does not fit its siblings."""
@@ -107,15 +113,12 @@ class RecordRules:
                     f"{where}: {name} is {leaf.dtype}, elsewhere it is {rule.kind}; all shards and the "
                     f"test data must hold one kind of {name}."
                 )
-        if self.num_classes is not None and int(y.max()) >= self.num_classes:
-            raise InputError(
-                f"{where}: label {int(y.max())} is out of range; the model has {self.num_classes} outputs, so labels "
-                f"must be 0 … {self.num_classes - 1}."
-            )
+        if self.outputs is not None:
+            self.task.check_fit(y, self.outputs, where)
 
 
-def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[InputArrays, Array]:
-    """Return `(x, y)` as contiguous numpy arrays (x float32 or int64; y int64 when labels are classes).
+def as_arrays(pair: Any, where: str, task: Task = CLASSES) -> tuple[InputArrays, Array]:
+    """Return `(x, y)` as contiguous numpy arrays (x float32 or int64; y as the task wants its targets).
 
     x is one array, or several: a tuple that holds arrays or tensors, or a mapping with text keys (its keys are sorted, so
     that their order means nothing). Only among several may an array stay bool, as a mask. A list is rows of numbers.
@@ -123,10 +126,10 @@ def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[InputAr
     Args:
         pair: A pair of arrays, tensors or sequences, x maybe a tuple or mapping of such; or a `Gateway`.
         where: Names the pair in errors.
-        class_labels: Whether y must be class indices.
+        task: Checks the targets.
 
     Raises:
-        InputError: Not a pair, empty, lengths differ, not numeric, not finite, labels negative or not whole.
+        InputError: Not a pair, empty, lengths differ, not numeric, not finite, or a target breaks a rule of the task.
     """
     if isinstance(pair, Gateway):
         pair = pair.load()
@@ -149,18 +152,7 @@ def as_arrays(pair: Any, where: str, class_labels: bool = True) -> tuple[InputAr
         if leaf.size == 0:
             raise InputError(f"{where}: {name} has shape {leaf.shape}; a record must hold at least one value.")
     x = _typed(x, [f"{where}: {name}" for name in names])
-    if not class_labels:
-        return x, _finite(_contiguous(y), f"{where}: y")
-    if y.ndim != 1:
-        raise InputError(f"{where}: y has shape {y.shape}; it must be one class index a record, shape ({len(y)},).")
-    _finite(y, f"{where}: y")
-    if (y != np.floor(y)).any():
-        bad = y[y != np.floor(y)][0]
-        raise InputError(f"{where}: label {bad:g} is no whole number; labels are class indices from 0 on.")
-    if int(y.min()) < 0 or int(y.max()) >= 2**63:
-        bad = y.min() if y.min() < 0 else y.max()
-        raise InputError(f"{where}: label {bad} is out of range; labels are class indices from 0 on.")
-    return x, np.ascontiguousarray(y, np.int64)
+    return x, task.check_targets(y, f"{where}: y")
 
 
 def is_array(value: object) -> bool:
@@ -191,20 +183,10 @@ def _typed(x: InputArrays, where: Sequence[str]) -> InputArrays:
     """Return x with arrays of the types that models are given; `where` names them."""
     keeps_masks = is_several(x)
     found = [
-        np.ascontiguousarray(leaf) if keeps_masks and leaf.dtype == np.bool_ else _finite(_contiguous(leaf), name)
+        np.ascontiguousarray(leaf) if keeps_masks and leaf.dtype == np.bool_ else finite(leaf, name)
         for name, leaf in zip(where, leaves(x), strict=True)
     ]
     return rebuilt(x, found)  # type: ignore[no-any-return]  # as x
-
-
-def _finite(values: Array, where: str) -> Array:
-    finite = np.isfinite(values)
-    if not finite.all():
-        bad = int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
-        raise InputError(
-            f"{where} of record {bad} is NaN or infinite; all values must be finite float32 numbers: clean the data."
-        )
-    return values
 
 
 def _numeric(values: Any, where: str) -> Array:
@@ -218,12 +200,6 @@ def _numeric(values: Any, where: str) -> Array:
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_) or np.iscomplexobj(array):
         raise InputError(f"{where} has type {array.dtype}; it must be real numbers.")
     return array
-
-
-def _contiguous(array: Array) -> Array:
-    kind = np.int64 if np.issubdtype(array.dtype, np.integer) else np.float32
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused as such
-        return np.ascontiguousarray(array, kind)
 
 
 @dataclass(frozen=True)
@@ -296,7 +272,7 @@ class ShardCache:
             self._kept.move_to_end(gateway)
             return self._kept[gateway]
         pair, where = load_pair(self._shards, gateway)
-        x, y = as_arrays(pair, where, class_labels=self._rules.num_classes is not None)
+        x, y = as_arrays(pair, where, self._rules.task)
         self._rules.check(x, y, where)
         shard = Shard(x=inputs.tensors(x), y=torch.from_numpy(y.copy()))  # copies: arrays may be shared, or read-only
         self._kept[gateway] = shard

@@ -1,22 +1,23 @@
-"""From --dataset, or what a Python caller hands in, to checked shards and test data."""
+"""The seam of data: from --dataset, or what a Python caller hands in, to checked shards and test data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
+from fedray.config.seams import check_is, find, is_named
 from fedray.config.settings import RunConfig
 from fedray.config.user_code import call, find_function, is_reference
-from fedray.data import digits, toy
 from fedray.data.gateway import Gateway
 from fedray.data.inputs import Array, InputArrays
-from fedray.data.partition import dirichlet_alpha, split
+from fedray.data.partition import Partitioner, split
 from fedray.data.shards import CutShards, Shards, as_arrays, is_several, load_pair
 from fedray.errors import GatewayError, InputError
 from fedray.privacy.streams import numpy_generator
+from fedray.tasks.task import Task
+
+Pair = tuple[InputArrays, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,151 +29,216 @@ class Federation:
         test: Public held-out `(x, y)`, or None.
         nominal_records: The public shard size that q = B / nominal uses.
         example: A few records `(x, y)` to try the model on.
-        num_classes: 1 + the largest label seen so far.
+        num_outputs: That a reference model needs, see `Task.num_outputs`.
         lazy: Whether shards are loaded and checked where gateways train.
         disjoint: Whether fedray itself cut the shards, so that no record is in two of them.
+        generated: Whether shards are made from a fixed public key, the same in every run: nothing to check or compare.
     """
 
     shards: Shards
-    test: tuple[InputArrays, Array] | None
+    test: Pair | None
     nominal_records: int
-    example: tuple[InputArrays, Array]
-    num_classes: int
+    example: Pair
+    num_outputs: int
     lazy: bool
     disjoint: bool
+    generated: bool = False
 
 
-def from_config(config: RunConfig, key: bytes) -> Federation:
-    """Load --dataset and partition it.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a run wants of a source, and how arrays become a federation.
 
     Args:
-        config: Names data set, partition and gateways.
-        key: The setup key, for the partition.
-
-    Raises:
-        InputError: The data breaks a rule.
+        gateways: How many shards.
+        samples_per_gateway: Public nominal shard size, or None.
+        partition: The value of --partition.
+        partitioner: What it names.
+        task: Checks targets.
+        key: The setup key, for draws.
     """
-    alpha = dirichlet_alpha(config.data.partition)
-    if config.data.dataset == "toy":
-        records = config.data.samples_per_gateway or toy.DEFAULT_RECORDS
-        shards, test = toy.ToyShards(config.federation.gateways, records, alpha), toy.held_out()
+
+    gateways: int
+    samples_per_gateway: int | None
+    partition: str
+    partitioner: Partitioner
+    task: Task
+    key: bytes
+
+    def cut(self, train: Any, test: Any, where: str = "--dataset") -> Federation:
+        """Return one data set, split over gateways as --partition says.
+
+        Args:
+            train: `(x, y)` of arrays or tensors.
+            test: The same, public; or None.
+            where: Names the data in errors.
+
+        Raises:
+            InputError: A record breaks a rule, or --samples-per-gateway was given.
+        """
+        if self.samples_per_gateway is not None:
+            raise InputError(
+                f"--samples-per-gateway is {self.samples_per_gateway} but fedray cuts the shards of this data set; "
+                "leave it out: the nominal size is training records / gateways."
+            )
+        x, y = as_arrays(train, f"{where}: train", self.task)
+        held_out = None if test is None else as_arrays(test, f"{where}: test", self.task)
+        rng = numpy_generator(self.key, "partition")
+        indices = split(self.partitioner, self.partition, y, self.gateways, rng)
+        shards = CutShards(x, y, indices)
         return Federation(
             shards=shards,
-            test=test,
-            nominal_records=records,
-            example=test,
-            num_classes=toy.NUM_CLASSES,
+            test=held_out,
+            nominal_records=len(y) // self.gateways,
+            example=shards[0] if held_out is None else held_out,
+            num_outputs=self.task.num_outputs([y] if held_out is None else [y, held_out[1]]),
             lazy=False,
             disjoint=True,
         )
-    if config.data.dataset == "digits":
-        if config.data.samples_per_gateway is not None:
+
+    def take(self, shards: Any, test: Any, where: str = "--dataset: train") -> Federation:
+        """Return shards that are cut already: a list is checked now, any other sequence where its items are needed.
+
+        Args:
+            shards: `(x, y)` pairs or `Gateway`s, one a gateway.
+            test: `(x, y)`, public; or None.
+            where: Names the shards in errors.
+
+        Raises:
+            InputError: Wrong number or kind of shards, a bad record, lazy shards without --samples-per-gateway, or a
+                --partition.
+        """
+        name = where.partition(":")[0]
+        if self.partition != "iid":
             raise InputError(
-                f"--samples-per-gateway is {config.data.samples_per_gateway} with --dataset digits; it applies to toy and to "
-                "lazily loaded shards: leave it out."
+                f"--partition is {self.partition!r} but the shards of {name} are already cut; leave it out."
             )
-        train, test = digits.load()
-        return _cut(config, train, test, alpha, key)
-    if not is_reference(config.data.dataset):
-        raise InputError(f"--dataset is {config.data.dataset!r}; it must be toy, digits or module:function.")
-    name = f"--dataset {config.data.dataset}"
-    result = call(
-        find_function(config.data.dataset, "--dataset"), config.data.dataset, "--dataset", config.federation.gateways
-    )
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        raise InputError(f"{name} returned {type(result).__name__}; it must return (train, test).")
-    train, test = result
-    if _is_pair_of_arrays(train):
-        train_arrays = as_arrays(train, f"{name}: train")
-        return _cut(config, train_arrays, as_arrays(test, f"{name}: test"), alpha, key)
-    if config.data.partition != "iid":
-        raise InputError(
-            f"--partition is {config.data.partition!r} but {name} returns shards that are already cut; leave it out."
+        held_out = None if test is None else as_arrays(test, f"{name}: test" if name != where else "test", self.task)
+        if not hasattr(shards, "__len__") or not hasattr(shards, "__getitem__"):
+            raise InputError(f"{where} is {type(shards).__name__}; it must be (x, y) or a sequence of such pairs.")
+        if len(shards) != self.gateways:
+            raise InputError(
+                f"{where} has {len(shards)} shards for --gateways {self.gateways}; they must be equally many (one data set "
+                "that fedray is to partition must be a pair of numpy arrays or torch tensors)."
+            )
+        deferred = isinstance(shards, list | tuple) and any(isinstance(s, Gateway) and callable(s.data) for s in shards)
+        if deferred or not isinstance(shards, list | tuple):
+            return self._lazily(shards, held_out, where)
+        pairs = [as_arrays(pair, _name(pair, where, i), self.task) for i, pair in enumerate(shards)]
+        targets = [y for _, y in pairs]
+        return Federation(
+            shards=pairs,
+            test=held_out,
+            nominal_records=self.samples_per_gateway or sum(map(len, targets)) // len(pairs),
+            example=pairs[0] if held_out is None else held_out,
+            num_outputs=self.task.num_outputs(targets if held_out is None else [*targets, held_out[1]]),
+            lazy=False,
+            disjoint=False,
         )
-    return from_shards(config, train, as_arrays(test, f"{name}: test"), f"{name}: train")
 
-
-def from_shards(
-    config: RunConfig, shards: Any, test: tuple[InputArrays, Array] | None, where: str, class_labels: bool = True
-) -> Federation:
-    """Take shards that the user cut: a list is checked now, any other sequence where its items are needed.
-
-    Raises:
-        InputError: Wrong number or kind of shards, a bad record, or lazy shards without --samples-per-gateway.
-    """
-    if not hasattr(shards, "__len__") or not hasattr(shards, "__getitem__"):
-        raise InputError(f"{where} is {type(shards).__name__}; it must be (x, y) or a sequence of such pairs.")
-    if len(shards) != config.federation.gateways:
-        raise InputError(
-            f"{where} has {len(shards)} shards for --gateways {config.federation.gateways}; they must be equally many (one "
-            "data set that fedray is to partition must be a pair of numpy arrays or torch tensors)."
-        )
-    deferred = isinstance(shards, list | tuple) and any(isinstance(s, Gateway) and callable(s.data) for s in shards)
-    lazy = deferred or not isinstance(shards, list | tuple)
-    if lazy and config.data.samples_per_gateway is None:
-        raise InputError(
-            f"{where} is loaded lazily, so its size is not known; give the public nominal shard size with "
-            "--samples-per-gateway."
-        )
-    if lazy:
-        example = test if test is not None else _first(shards, f"{where}, shard 0", class_labels)
+    def _lazily(self, shards: Shards, test: Pair | None, where: str) -> Federation:
+        if self.samples_per_gateway is None:
+            raise InputError(
+                f"{where} is loaded lazily, so its size is not known; give the public nominal shard size with "
+                "--samples-per-gateway."
+            )
+        example = test if test is not None else self._first(shards, f"{where}, shard 0")
         return Federation(
             shards=shards,
             test=test,
-            nominal_records=int(config.data.samples_per_gateway or 0),
+            nominal_records=self.samples_per_gateway,
             example=example,
-            num_classes=_num_classes([example[1]], class_labels),
+            num_outputs=self.task.num_outputs([example[1]]),
             lazy=True,
             disjoint=False,
         )
-    pairs = [as_arrays(pair, _name(pair, where, i), class_labels) for i, pair in enumerate(shards)]
-    total = sum(len(y) for _, y in pairs)
-    labels = [y for _, y in pairs] + ([] if test is None else [test[1]])
-    return Federation(
-        shards=pairs,
-        test=test,
-        nominal_records=config.data.samples_per_gateway or total // len(pairs),
-        example=test if test is not None else pairs[0],
-        num_classes=_num_classes(labels, class_labels),
-        lazy=False,
-        disjoint=False,
-    )
+
+    def _first(self, shards: Shards, where: str) -> Pair:
+        """Return the first of lazy shards, to try the model on."""
+        try:
+            pair, _ = load_pair(shards, 0)
+        except GatewayError as error:
+            raise InputError(error.message) from error
+        return as_arrays(pair, where, self.task)
 
 
-def _first(shards: Shards, where: str, class_labels: bool) -> tuple[InputArrays, Array]:
-    """Return the first of lazy shards, to try the model on."""
-    try:
-        pair, _ = load_pair(shards, 0)
-    except GatewayError as error:
-        raise InputError(error.message) from error
-    return as_arrays(pair, where, class_labels)
+@runtime_checkable
+class Source(Protocol):
+    """Where records come from."""
+
+    def load(self, wanted: Wanted) -> Federation:
+        """Return the data of a run, by `wanted.cut` or `wanted.take` unless the source knows better.
+
+        Raises:
+            InputError: It cannot.
+        """
+        ...
 
 
-def _cut(
-    config: RunConfig,
-    train: tuple[InputArrays, Array],
-    test: tuple[InputArrays, Array],
-    alpha: float | None,
-    key: bytes,
-) -> Federation:
-    if config.data.samples_per_gateway is not None:
-        raise InputError(
-            f"--samples-per-gateway is {config.data.samples_per_gateway} but fedray cuts the shards of this data set; "
-            "leave it out: the nominal size is training records / gateways."
+class FunctionSource:
+    """A user's function of the number of gateways, which returns (train, test); train is one data set or a list of shards.
+
+    Args:
+        function: The function.
+        name: The value of --dataset.
+    """
+
+    def __init__(self, function: Callable[[int], Any], name: str) -> None:
+        self._function, self._name = function, name
+
+    def load(self, wanted: Wanted) -> Federation:
+        """See `Source.load`."""
+        where = f"--dataset {self._name}"
+        result = call(self._function, self._name, "--dataset", wanted.gateways)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise InputError(f"{where} returned {type(result).__name__}; it must return (train, test).")
+        train, test = result
+        return (
+            wanted.cut(train, test, where) if _is_pair_of_arrays(train) else wanted.take(train, test, f"{where}: train")
         )
-    x, y = train
-    indices = split(y, config.federation.gateways, alpha, numpy_generator(key, "partition"))
-    taken = np.concatenate(indices)
-    assert len(taken) == len(y) == len(np.unique(taken)), "shards must be disjoint and cover the data"
-    return Federation(
-        shards=CutShards(x, y, indices),
-        test=test,
-        nominal_records=len(y) // config.federation.gateways,
-        example=test,
-        num_classes=_num_classes([y, test[1]], True),
-        lazy=False,
-        disjoint=True,
+
+
+def wanted_of(config: RunConfig, task: Task, key: bytes) -> Wanted:
+    """Return what a run with these settings wants of its data.
+
+    Args:
+        config: The settings.
+        task: What is learned.
+        key: The setup key.
+
+    Raises:
+        InputError: --partition names nothing.
+    """
+    partitioner = find("partitioner", config.data.partition)
+    check_is(partitioner, Partitioner, "partitioner", config.data.partition)
+    return Wanted(
+        gateways=config.federation.gateways,
+        samples_per_gateway=config.data.samples_per_gateway,
+        partition=config.data.partition,
+        partitioner=partitioner,
+        task=task,
+        key=key,
     )
+
+
+def load(dataset: str, wanted: Wanted) -> Federation:
+    """Return the data that --dataset names.
+
+    Raises:
+        InputError: It names nothing, or the data breaks a rule.
+    """
+    users = not is_named("source", dataset) and is_reference(dataset)
+    function = find_function(dataset, "--dataset") if users else None
+    plain = None if isinstance(function, type) else function
+    source = find("source", dataset) if plain is None else FunctionSource(plain, dataset)
+    check_is(source, Source, "source", dataset)
+    found = source.load(wanted)
+    if not isinstance(found, Federation):
+        raise InputError(
+            f"--dataset {dataset} loaded {type(found).__name__}; it must return wanted.cut(train, test), or wanted.take of "
+            "shards that are cut."
+        )
+    return found
 
 
 def _is_pair_of_arrays(train: Any) -> bool:
@@ -187,10 +253,6 @@ def _is_pair_of_arrays(train: Any) -> bool:
 
 def _has_shape(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def _num_classes(labels: Sequence[Array], class_labels: bool) -> int:
-    return max(int(y.max()) for y in labels) + 1 if class_labels else 0
 
 
 def _name(pair: Any, where: str, index: int) -> str:

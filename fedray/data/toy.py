@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedray.data.partition import Dirichlet, Iid
+from fedray.data.source import Federation, Wanted
+from fedray.errors import InputError
 from fedray.privacy.streams import numpy_generator
 
 NUM_CLASSES = 4
@@ -38,6 +41,31 @@ def _draw(
 def held_out() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return the 4000 public test records."""
     return _draw(numpy_generator(_PUBLIC_KEY, "test"), NUM_TEST, None)
+
+
+class Toy:
+    """--dataset toy."""
+
+    def load(self, wanted: Wanted) -> Federation:
+        """Return shards that are drawn where they are needed, and the 4000 public test records."""
+        partitioner = wanted.partitioner
+        if not isinstance(partitioner, Iid | Dirichlet):
+            raise InputError(
+                f"--partition is {wanted.partition!r} with --dataset toy, whose shards are drawn one by one; it must be iid or "
+                "dirichlet:ALPHA."
+            )
+        alpha = partitioner.alpha if isinstance(partitioner, Dirichlet) else None
+        records, test = wanted.samples_per_gateway or DEFAULT_RECORDS, held_out()
+        return Federation(
+            shards=ToyShards(wanted.gateways, records, alpha),
+            test=test,
+            nominal_records=records,
+            example=test,
+            num_outputs=NUM_CLASSES,
+            lazy=False,
+            disjoint=True,
+            generated=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""How a model and a loss are called."""
+"""How a model is called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch import nn
 from torch.func import functional_call
 
 from fedray.data.inputs import Inputs
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def call_model(model: nn.Module, x: Inputs, state: dict[str, torch.Tensor] | None = None) -> Any:
@@ -46,8 +43,3 @@ def _by_place(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
             if tensor is not None and id(tensor) in values:
                 found[f"{path}.{name}" if path else name] = values[id(tensor)]
     return found
-
-
-def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each record, `[n]`, from scores `[n, K]` and class indices `[n]`."""
-    return nn.functional.cross_entropy(output, target, reduction="none")

@@ -12,8 +12,11 @@ from torch import nn
 from fedray.data.inputs import Inputs, leaves, rebuilt, taken
 from fedray.data.inputs import joined as joined_inputs
 from fedray.errors import InputError
-from fedray.models.calls import Loss, call_model
+from fedray.models.calls import call_model
 from fedray.models.layout import Layout
+from fedray.tasks.classification import Classification
+from fedray.tasks.own_loss import Loss
+from fedray.tasks.task import Task
 
 
 def fix(model: nn.Module) -> nn.Module:
@@ -42,7 +45,7 @@ def _group_norm(num_features: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, num_features)
 
 
-def check(model: nn.Module, x: Inputs, y: torch.Tensor, loss: Loss | None) -> int | None:
+def check(model: nn.Module, x: Inputs, y: torch.Tensor, task: Task) -> tuple[int, ...]:
     """Check that a model fits the data, and look for what cannot train privately.
 
     Coupled records are looked for on three records at the initial parameters. That spares users the usual mistakes; it
@@ -51,11 +54,11 @@ def check(model: nn.Module, x: Inputs, y: torch.Tensor, loss: Loss | None) -> in
     Args:
         model: Stays unchanged.
         x: A few records (n ≥ 1), each tensor `[n, …]`; see `call_model`.
-        y: `[n]` or, with a loss, `[n, …]`: their targets.
-        loss: The user's loss; None for cross-entropy.
+        y: `[n, …]`, their targets.
+        task: What is learned.
 
     Returns:
-        The number of outputs, or None when the user brought a loss.
+        The shape of a record's output.
 
     Raises:
         InputError: Records are coupled, buffers change in a forward pass, the forward fails, or outputs do not fit.
@@ -81,7 +84,10 @@ def check(model: nn.Module, x: Inputs, y: torch.Tensor, loss: Loss | None) -> in
     _refuse_changed_buffers(model, before)
     for record, single in enumerate(alone):
         _refuse_coupled_outputs(together, single, record)
-    return _check_outputs(outputs, y, loss)
+    task.check_outputs(outputs, y)
+    if not isinstance(task, Classification):
+        _check_losses(outputs, y, task.losses)
+    return tuple(outputs.shape[1:])
 
 
 def _three_records(x: Inputs) -> Inputs:
@@ -178,32 +184,19 @@ def _refuse_coupled_outputs(
             )
 
 
-def _check_outputs(outputs: torch.Tensor, y: torch.Tensor, loss: Loss | None) -> int | None:
-    if loss is not None:
-        if outputs.shape[:1] != (len(y),):
-            raise InputError(
-                f"--model: outputs have shape {tuple(outputs.shape)} for {len(y)} records; their first dimension must be the "
-                "batch: keep it first."
-            )
-        try:
-            values = loss(outputs, y)
-        except (Exception, SystemExit) as error:  # the user's loss may raise anything
-            raise InputError(
-                f"loss raised {type(error).__name__}: {error}; it must map (output, target) to [n]."
-            ) from error
-        if not isinstance(values, torch.Tensor) or values.shape != (len(y),) or not values.is_floating_point():
-            shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-            raise InputError(f"loss returned {shape} for {len(y)} records; it must return one value a record.")
-        alone = torch.cat([loss(outputs[i : i + 1], y[i : i + 1]) for i in range(len(y))])
-        if not torch.allclose(values, alone, rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise InputError(
-                "loss of a record depends on the other records of its batch; per-record privacy needs independent records: "
-                "return a loss that looks at one record at a time."
-            )
-        return None
-    if outputs.dim() != 2 or len(outputs) != len(y) or not outputs.is_floating_point():
+def _check_losses(outputs: torch.Tensor, y: torch.Tensor, loss: Loss) -> None:
+    try:
+        values = loss(outputs, y)
+    except (Exception, SystemExit) as error:  # the user's loss may raise anything
         raise InputError(
-            f"--model: outputs have shape {tuple(outputs.shape)} for {len(y)} records; they must be scores "
-            "[records, classes] in float32."
+            f"loss raised {type(error).__name__}: {error}; it must map (output, target) to [n]."
+        ) from error
+    if not isinstance(values, torch.Tensor) or values.shape != (len(y),) or not values.is_floating_point():
+        shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise InputError(f"loss returned {shape} for {len(y)} records; it must return one value a record.")
+    alone = torch.cat([loss(outputs[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+    if not torch.allclose(values, alone, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise InputError(
+            "loss of a record depends on the other records of its batch; per-record privacy needs independent records: "
+            "return a loss that looks at one record at a time."
         )
-    return int(outputs.shape[1])

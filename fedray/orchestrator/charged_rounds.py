@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedray.algorithms.aggregation import GroupResult, gather
+from fedray.algorithms.aggregation import Gathered, GroupResult, gather
 from fedray.errors import RunFailedError
 from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.plan import Plan
@@ -42,6 +42,7 @@ class ChargedRounds:
         self._plan, self._session, self._curve, self._pool = plan, session, curve, pool
         self._clock = Clock()
         self._cohort: Sequence[int] = ()
+        self._arrived: Ranges = ()
         self._info = pool.info()
         self.device = own_device(self._info)
         """Where the orchestrator averages and scores."""
@@ -61,8 +62,8 @@ class ChargedRounds:
         self._clock.lap("broadcast")
         self._session.note_ledger()  # the charge itself is on the disk already
 
-    def collect(self) -> tuple[npt.NDArray[np.float64], float, Ranges]:
-        """Return the sum of the updates that arrived, the sum of their weights, and whose they are.
+    def collect(self) -> Gathered:
+        """Return what the cohort uploaded.
 
         Raises:
             BudgetExhaustedError: Fewer arrived than were charged, and their noise cannot be afforded.
@@ -76,9 +77,17 @@ class ChargedRounds:
             self._pool.begin(self.keys, self._session.params, self._cohort)
             results = self._pool.collect()
         self._clock.lap("train")
-        total, weight, arrived = gather(results, self._plan.layout, self.device, self.keys.round_index)
-        self._settle(arrived, results)
-        return total, weight, ranges_of(arrived)
+        plan, index = self._plan, self.keys.round_index
+        uploads, keep_rows = len(plan.training.algorithm.uploads), plan.setup.each_row
+        gathered = gather(results, plan.layout, self.device, index, uploads=uploads, keep_rows=keep_rows)
+        self._arrived = ranges_of(gathered.arrived)
+        self._record_arrivals(gathered.arrived, results)
+        return gathered
+
+    @property
+    def arrived(self) -> Ranges:
+        """Ranges of the gateways whose uploads were collected."""
+        return self._arrived
 
     def end(self) -> Outcome:
         """Return what there is to tell of the round."""
@@ -108,7 +117,7 @@ class ChargedRounds:
             )
         self.keys, self._cohort = keys, cohort
 
-    def _settle(self, arrived: Sequence[int], results: Sequence[GroupResult]) -> None:
+    def _record_arrivals(self, arrived: Sequence[int], results: Sequence[GroupResult]) -> None:
         """Record who arrived before noise is drawn for them; the keys become those of that noise."""
         session, keys, cohort = self._session, self.keys, self._cohort
         spec, everybody = self._plan.spec, len(arrived) == len(cohort)

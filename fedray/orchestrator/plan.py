@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedray.algorithms.aggregation import Float32Array, Float64Array, Gathered
+from fedray.algorithms.aggregator import Aggregator, combined
+from fedray.algorithms.algorithm import apart
+from fedray.algorithms.server_optimizer import ServerOptimizer, State
 from fedray.config.settings import RunConfig
 from fedray.config.user_code import code_digest
 from fedray.data import inputs
 from fedray.data.source import Federation
-from fedray.data.toy import ToyShards
 from fedray.models.layout import Layout
 from fedray.pool.pool import Patience, Pool
 from fedray.pool.worker import WorkerSetup, shard_mac
@@ -26,6 +29,8 @@ from fedray.privacy.levels import level_of
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import mac
 from fedray.rundir.cards import delta_warnings
+from fedray.tasks.classification import Classification
+from fedray.tasks.task import Task
 from fedray.training.engines import Isolation
 from fedray.training.held_state import held_arrays
 from fedray.training.trainer import LocalTraining
@@ -50,7 +55,9 @@ class Plan:
         model: With its initial state.
         layout: Of its trainable parameters.
         training: How gateways train.
-        class_labels: Whether targets are class indices.
+        task: What is learned.
+        aggregator: How uploads become one.
+        server_optimizer: How the average update moves the model.
         setup: What each actor gets.
         isolation: How records are kept apart.
     """
@@ -63,9 +70,16 @@ class Plan:
     model: torch.nn.Module
     layout: Layout
     training: LocalTraining
-    class_labels: bool
+    task: Task
+    aggregator: Aggregator
+    server_optimizer: ServerOptimizer
     setup: WorkerSetup
     isolation: Isolation
+
+    @property
+    def class_labels(self) -> bool:
+        """Whether targets are class indices."""
+        return isinstance(self.task, Classification)
 
     @property
     def charges(self) -> Charges:
@@ -81,7 +95,7 @@ class Plan:
     def constants(self) -> dict[str, Any]:
         """Return the public constants that decide what a round computes, for the digest of its inputs."""
         return {
-            **self.spec.__dict__,
+            **self.spec.constants,
             "optimizer": self.training.optimizer,
             "lr": self.training.lr,
             "layout": self.layout.digest,
@@ -92,7 +106,8 @@ class Plan:
 
     @functools.cached_property
     def _code(self) -> str:
-        return code_digest([self.training.loss, *self.model.modules()])
+        own = [self.training.algorithm, self.spec.clipping, self.spec.noise_shape]
+        return code_digest([self.training.loss, *own, *self.model.modules()])
 
     def warnings(self) -> list[str]:
         """Return what the user should know before training; may take seconds when it has to calibrate."""
@@ -139,6 +154,24 @@ class Plan:
         )
         return RayPool(*where, machine.ray_address, patience)
 
+    def server(
+        self, params: Float32Array, released: Float64Array, uploads: Gathered, state: State
+    ) -> tuple[Float32Array, State]:
+        """Return the next parameters and the server's state from what a round released.
+
+        Args:
+            params: `[P]`.
+            released: `[W]`, the average upload, noised at the `gateway` level; may be overwritten.
+            uploads: What it is the average of; for aggregators in stack form.
+            state: Of the round before.
+        """
+        if self.aggregator.form == "sum":
+            found = self.aggregator.combine(released[None], np.ones(1))
+        else:
+            found = combined(self.aggregator, uploads.rows, uploads.weights) if uploads.rows else released
+        algorithm = self.training.algorithm
+        return algorithm.server(params, apart(algorithm, found), self.server_optimizer, state)
+
     def identity(self, lazy_shards: dict[int, str]) -> dict[str, str]:
         """Return what must be the same when the run is resumed: digests of public parts, MACs of private ones.
 
@@ -158,7 +191,7 @@ class Plan:
             x, y = self.federation.test
             parts = [torch.from_numpy(part) for part in (*inputs.leaves(x), y)]
             found["test data"] = _digest(parts, () if isinstance(x, np.ndarray) else inputs.leaf_names(x))
-        if self.config.data.dataset != "toy" or not isinstance(self.federation.shards, ToyShards):
+        if not self.federation.generated:
             macs = lazy_shards
             if not self.federation.lazy:
                 macs = {

@@ -9,19 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedray.algorithms.aggregator import Aggregator
+from fedray.algorithms.algorithm import Algorithm
+from fedray.algorithms.server_optimizer import ServerOptimizer
+from fedray.config.seams import check_is, find
 from fedray.config.settings import RunConfig
 from fedray.data import inputs, source
-from fedray.data.shards import RecordRules, Shard, as_arrays
+from fedray.data.shards import RecordRules, Shard
 from fedray.data.source import Federation
 from fedray.errors import InputError
-from fedray.models import calls, checks, reference
+from fedray.models import checks, reference
 from fedray.models.layout import Layout
 from fedray.orchestrator.plan import Plan
 from fedray.pool.worker import WorkerSetup
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
+from fedray.privacy.clipping import check_clipping
+from fedray.privacy.levels import level_of
+from fedray.privacy.shapes import Clipping, NoiseShape, check_shape
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
+from fedray.tasks.task import Task
 from fedray.training.engines import Engine, isolation_of, traced
 from fedray.training.program import Program, Untraceable
 from fedray.training.stacking import reason_against
@@ -30,19 +38,19 @@ from fedray.training.trainer import LocalTraining
 
 @dataclass(frozen=True, kw_only=True)
 class UserParts:
-    """What a Python caller hands in instead of --dataset and --model; None where a flag speaks.
+    """What a Python caller hands in instead of --dataset, --model and --task; None where a flag speaks.
 
     Args:
         shards: A sequence of `Gateway` or `(x, y)`, one a gateway.
         test: `(x, y)` or None.
         model: Returns a torch module.
-        loss: Maps (output, target) to one value a record.
+        task: What is learned.
     """
 
     shards: Any = None
     test: Any = None
     model: Callable[[], Any] | None = None
-    loss: calls.Loss | None = None
+    task: Task | None = None
 
 
 def prepare(
@@ -61,37 +69,36 @@ def prepare(
     """
     root_key = new_root_key(config.run.seed)
     key = setup_key(root_key) if key is None else key
+    task = parts.task or seam("task", config.training.task, Task)
+    wanted = source.wanted_of(config, task, key)
     if parts.shards is None:
-        federation = source.from_config(config, key)
+        federation = source.load(config.data.dataset, wanted)
     else:
-        labels = parts.loss is None
-        test = None if parts.test is None else as_arrays(parts.test, "test", labels)
-        federation = source.from_shards(config, parts.shards, test, "gateways", labels)
+        federation = wanted.take(parts.shards, parts.test, "gateways")
     if config.training.batch_size > federation.nominal_records:
         raise InputError(
             f"--batch-size is {config.training.batch_size} but the nominal shard size is {federation.nominal_records} records "
             f"(q would be {config.training.batch_size / federation.nominal_records:.3g} > 1); lower it, or use fewer gateways."
         )
-    model, rules = _model(config, parts, federation, key)
-    spec = _calibrated(
-        PrivacySpec(
-            noise_level=config.privacy.noise_level,
-            noise_multiplier=config.privacy.noise_multiplier if config.privacy.noise_multiplier is not None else 1.0,
-            clip_norm=config.privacy.clip_norm,
-            delta=config.privacy.delta,
-            batch_size=config.training.batch_size,
-            sample_rate=config.training.batch_size / federation.nominal_records,
-            local_steps=config.training.local_steps,
-            expected_cohort=config.federation.gateways * config.federation.participation,
-            weights=config.federation.weights,
-            participation=config.federation.participation,
-            arrival_may_depend_on_data=config.federation.on_failure == "drop",
-        ),
-        config,
-        noise_multiplier,
-    )
+    model, rules = _model(config, parts, federation, task, key)
+    clipping = seam("clipping", config.privacy.clip, Clipping)
+    shape = seam("noise_shape", config.privacy.noise_shape, NoiseShape)
+    check_clipping(clipping, config.privacy.clip)
+    check_shape(shape, config.privacy.noise_shape)
+    spec = config.spec(federation.nominal_records, clipping, shape)
+    spec = _calibrated(spec, config, noise_multiplier)
+    aggregator = seam("aggregator", config.federation.aggregator, Aggregator)
+    if aggregator.form != "sum" and level_of(spec).central_noise:
+        raise InputError(
+            f"--aggregator is {config.federation.aggregator} with --noise-level {spec.noise_level}, whose noise and epsilon "
+            "are for a sum of updates; use mean, or a level at which gateways noise what they upload (sample, batch)."
+        )
     training = LocalTraining(
-        privacy=spec, optimizer=config.training.optimizer, lr=config.training.lr, loss=parts.loss or calls.cross_entropy
+        privacy=spec,
+        optimizer=config.training.optimizer,
+        lr=config.training.lr,
+        loss=task.losses,
+        algorithm=seam("algorithm", config.federation.algorithm, Algorithm),
     )
     engine, program = _engine(config, model, training, federation)
     setup = WorkerSetup(
@@ -105,6 +112,7 @@ def prepare(
         max_update_norm=config.federation.max_update_norm,
         drop_failures=config.federation.on_failure == "drop",
         steady_cohort=config.federation.participation >= 1.0,
+        each_row=aggregator.form != "sum",
     )
     return Plan(
         config=config,
@@ -115,14 +123,27 @@ def prepare(
         model=model,
         layout=Layout.of(model),
         training=training,
-        class_labels=parts.loss is None,
+        task=task,
+        aggregator=aggregator,
+        server_optimizer=seam("server_optimizer", config.federation.server_optimizer, ServerOptimizer),
         setup=setup,
         isolation="alone" if engine == "alone" else "sequence",
     )
 
 
+def seam(name: str, value: str, kind: type[Any]) -> Any:
+    """Return the implementation that a setting names.
+
+    Raises:
+        InputError: There is none, or it lacks something.
+    """
+    found = find(name, value)
+    check_is(found, kind, name, value)
+    return found
+
+
 def _model(
-    config: RunConfig, parts: UserParts, federation: Federation, key: bytes
+    config: RunConfig, parts: UserParts, federation: Federation, task: Task, key: bytes
 ) -> tuple[torch.nn.Module, RecordRules]:
     sample = _few(federation)
     record_shape = tuple(sample.x.shape[1:]) if isinstance(sample.x, torch.Tensor) else None
@@ -130,12 +151,12 @@ def _model(
         if parts.model is not None:
             model = reference.from_function(parts.model, getattr(parts.model, "__name__", "model"))
         else:
-            model = reference.build(config.training.model, record_shape, federation.num_classes)
+            model = reference.build(config.training.model, record_shape, federation.num_outputs)
         if config.training.fix_model:
             model = checks.fix(model)
-        num_outputs = checks.check(model, sample.x, sample.y, parts.loss)
-    rules = RecordRules.of(federation.example[0], num_outputs)
-    if not federation.lazy and (parts.shards is not None or config.data.dataset != "toy"):
+        outputs = checks.check(model, sample.x, sample.y, task)
+    rules = RecordRules.of(federation.example[0], task, outputs)
+    if not federation.lazy and not federation.generated:
         for index in range(len(federation.shards)):
             rules.check(*_pair(federation, index), f"shard {index}")
     if federation.test is not None:

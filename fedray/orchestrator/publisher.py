@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from fedray.errors import UserCodeError
+from fedray.errors import FedrayError, StopAskedError, UserCodeError
 from fedray.orchestrator.budget import EpsilonCurve
+from fedray.orchestrator.evaluation import Evaluation
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.session import Session
 from fedray.privacy.accounting import Charges
-from fedray.reports.progress import Progress
-from fedray.reports.tracking import new_tracker
+from fedray.reports.callback import Callback, RoundDone
 from fedray.rundir.checkpoint import Checkpoint
-from fedray.tasks.evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,73 +63,88 @@ class Publisher:
         plan: Of the run.
         session: Where it stands.
         curve: Gives epsilon.
-        progress: Told of each round.
+        callbacks: Told of each round.
         device: Where parameters are scored.
 
-    As a context it publishes what waits at its end, whatever ends it, and closes the tracker.
+    As a context it publishes what waits at its end, whatever ends it.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        session: Session,
-        curve: EpsilonCurve,
-        progress: Progress,
-        device: torch.device,
+        self, plan: Plan, session: Session, curve: EpsilonCurve, callbacks: Sequence[Callback], device: torch.device
     ) -> None:
         self._plan = plan
         self._session = session
-        training = plan.training
-        self._evaluation = Evaluation(plan.model, plan.test_tensors(), training.loss, plan.class_labels, device)
+        self._evaluation = Evaluation(plan.model, plan.test_tensors(), plan.task, device)
         self._curve = curve
-        self._progress = progress
-        self._tracker = new_tracker(plan.config.run.track, session.files.path)
+        self._callbacks = callbacks
         self._waiting: tuple[Outcome, Checkpoint, Charges] | None = None
+        self._asked_to_stop: str | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        try:
-            self.flush()
-        finally:
-            self._tracker.close()
+        self.publish_previous_round()
 
-    def take(self, outcome: Outcome) -> None:
-        """Take a finished round; `flush` publishes it."""
+    def add(self, outcome: Outcome) -> None:
+        """Take a finished round; it is published while the next one trains.
+
+        Raises:
+            StopAskedError: A callback asked to stop after the round before.
+        """
         self._waiting = (outcome, self._session.checkpoint(), self._session.ledger.charges(through=outcome.round))
+        if self._asked_to_stop is not None and outcome.round < self._plan.config.federation.rounds:
+            raise StopAskedError(self._asked_to_stop)
 
-    def flush(self) -> None:
+    def publish_previous_round(self) -> None:
         """Publish the round that waits, if one does: metrics first, as the checkpoint counts on them.
 
         Raises:
-            UserCodeError: Model or loss failed on the held-out data.
+            UserCodeError: Model or task failed on the held-out data, or a callback failed.
         """
         if self._waiting is None:
             return
         (outcome, checkpoint, charges), self._waiting = self._waiting, None
-        began = time.perf_counter()
-        try:
+        record = self._record(outcome, checkpoint, charges)
+        self._session.files.append_metrics(record)
+        self._session.files.save(checkpoint, self._session.ledger)
+        self._session.history.append(record)
+        params = checkpoint.params.view()
+        params.setflags(write=False)
+        done = RoundDone(record=record, rounds=self._plan.config.federation.rounds, params=params)
+        with user_code(f"a callback failed after round {outcome.round}"):
+            for callback in self._callbacks:
+                self._asked_to_stop = callback.on_round(done) or self._asked_to_stop
+
+    def _record(self, outcome: Outcome, checkpoint: Checkpoint, charges: Charges) -> dict[str, Any]:
+        """Return a round's line of metrics.jsonl."""
+        began, spec = time.perf_counter(), self._plan.spec
+        with user_code(f"scoring round {outcome.round} on the held-out data failed"):
             score = self._evaluation.score(checkpoint.params)
-        except (Exception, SystemExit) as error:  # model and loss are the user's; they may raise anything
-            raise UserCodeError(
-                f"scoring round {outcome.round} on the held-out data failed: {type(error).__name__}: {error}",
-                traceback.format_exc(),
-            ) from error
         evaluate = round(time.perf_counter() - began, 6)
         # The size of a secret cohort stays secret: its expectation is public.
-        spec = self._plan.spec
         cohort = spec.expected_cohort if spec.secret_participation else outcome.cohort
-        record: dict[str, Any] = {
+        return {
             "round": outcome.round,
-            "accuracy": score.accuracy,
+            "accuracy": score.metrics.get("accuracy"),
             "loss": score.loss,
+            "metrics": dict(score.metrics),
             "epsilon": self._curve.at(charges),
             "seconds": {**outcome.seconds, "evaluate": evaluate},
             "samples_per_s": cohort * spec.local_steps * spec.batch_size / outcome.seconds["total"],
         }
-        self._session.files.append_metrics(record)
-        self._session.files.save(checkpoint, self._session.ledger)
-        self._session.history.append(record)
-        self._progress.round(record, self._plan.config.federation.rounds)
-        self._tracker.log(record)
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises in the driver into a UserCodeError.
+
+    Args:
+        what: Failed, for the message.
+    """
+    try:
+        yield
+    except (FedrayError, BrokenPipeError):  # the terminal is a callback, too, and nobody may read it any more
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", traceback.format_exc()) from error

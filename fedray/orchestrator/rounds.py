@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,29 @@ from typing import Any
 
 import torch
 
-from fedray.algorithms.aggregation import FedAvg
+from fedray.config.seams import check_is
 from fedray.config.settings import RunConfig
-from fedray.errors import BudgetExhaustedError, FedrayError, RunFailedError, RunInterruptedError
-from fedray.models.calls import Loss
+from fedray.errors import (
+    BudgetExhaustedError,
+    FedrayError,
+    InputError,
+    RunFailedError,
+    RunInterruptedError,
+    StopAskedError,
+)
 from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.charged_rounds import ChargedRounds
 from fedray.orchestrator.panel import closing_sentences, panel_rows
 from fedray.orchestrator.preparing import UserParts
-from fedray.orchestrator.publisher import Publisher
+from fedray.orchestrator.publisher import Publisher, user_code
 from fedray.orchestrator.resuming import planned
 from fedray.orchestrator.session import Session
 from fedray.pool.pool import Pool
 from fedray.privacy import accounting, mechanism
-from fedray.reports.progress import Progress, Silent
-from fedray.reports.tracking import check_available
+from fedray.reports.callback import Callback, End, Start, trackers
 from fedray.rundir import cards, manifest
+from fedray.tasks.own_loss import Loss, OwnLoss
+from fedray.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +63,10 @@ class Orchestrator:
         model: Function of no arguments that returns a torch module, called on x, on the entries of x where it is a tuple,
             or on its named entries where it is a dict; None for --model. An output with `.logits` counts as these.
         test: Public held-out `(x, y)`; without it accuracy and loss are None.
-        loss: Maps (output, target) to one value a record (default: cross-entropy with class indices).
+        loss: Maps (output, target) to one value a record (default: that of the task).
+        task: What targets mean, the loss of a record, metrics; None for --task.
         config: The settings; `gateways` follows the list. With `resume` the run directory's own settings hold.
-        progress: Told what happens (default: nothing is shown).
+        callbacks: Told what happens, and may ask to stop; those of --track come after them.
         explicit: Settings that the caller insists on when resuming (default: those that differ from their defaults).
 
     Raises:
@@ -72,19 +80,24 @@ class Orchestrator:
         model: Callable[[], Any] | None = None,
         test: Any = None,
         loss: Loss | None = None,
+        task: Task | None = None,
+        callbacks: Sequence[Callback] = (),
         config: RunConfig | None = None,
-        progress: Progress | None = None,
         explicit: Collection[str] | None = None,
     ) -> None:
         config = RunConfig() if config is None else config
         if gateways is not None and hasattr(gateways, "__len__"):
             config = config.resolve(gateways=len(gateways))
-        check_available(config.run.track)
-        self._progress = Silent() if progress is None else progress
+        if loss is not None and task is not None:
+            raise InputError("loss and task are both given; a task has a loss: give one of them.")
+        for callback in callbacks:
+            check_is(callback, Callback, "callback", type(callback).__name__)
         self._stack = ExitStack()  # holds the lock of a resumed directory until the run ends
-        parts = UserParts(shards=gateways, test=test, model=model, loss=loss)
+        task = task if loss is None else OwnLoss(loss)
+        parts = UserParts(shards=gateways, test=test, model=model, task=task)
         try:
             self.plan, self._restored = planned(config, parts, explicit, self._stack)
+            self._callbacks = [*callbacks, *trackers(self.plan.config.run.track)]
         except BaseException:
             self._stack.close()
             raise
@@ -108,8 +121,19 @@ class Orchestrator:
         try:
             info = pool.start()
             macs = pool.load(self.plan.setup_key) if self.plan.federation.lazy else {}
-            self._progress.start("fedray", panel_rows(self.plan, info, curve.planned()), curve.warnings())
+            rows, warnings = panel_rows(self.plan, info, curve.planned()), curve.warnings()
             session = Session.open(self.plan, self._restored, info, macs, self._stack)
+            start = Start(
+                path=session.files.path,
+                rounds=self.plan.config.federation.rounds,
+                done=session.round,
+                rows=rows,
+                warnings=warnings,
+                settings=session.card["config"],
+            )
+            with user_code("a callback failed at the start"):
+                for callback in self._callbacks:
+                    callback.on_start(start)
             return self._finish(session, self._rounds(pool, curve, session))
         except KeyboardInterrupt:
             raise RunInterruptedError(f"interrupted; the round under way was abandoned.{_remedy(session)}") from None
@@ -132,18 +156,20 @@ class Orchestrator:
 
     def _rounds(self, pool: Pool, curve: EpsilonCurve, session: Session) -> str | None:
         """Run the rounds that are left (McMahan et al. 2017, Algorithm 1); return why they ended early, if so."""
-        plan, server = self.plan, FedAvg()
+        plan = self.plan
         rounds = ChargedRounds(plan, session, curve, pool)
-        with Publisher(plan, session, curve, self._progress, rounds.device) as publisher:
+        with Publisher(plan, session, curve, self._callbacks, rounds.device) as publisher:
             try:
                 for index in session.rounds_left(plan.config.federation.rounds):
                     rounds.begin()  # charge, draw the cohort, broadcast the parameters
-                    publisher.flush()  # score and write the round before, while gateways train
-                    total, weight, arrived = rounds.collect()
-                    mean = mechanism.aggregate(plan.spec, rounds.keys, total, weight, arrived)
-                    session.advance(index, server.step(session.params, mean))
-                    publisher.take(rounds.end())
-            except BudgetExhaustedError as reason:
+                    publisher.publish_previous_round()  # score and write it, while gateways train
+                    uploads = rounds.collect()
+                    released = mechanism.aggregate(
+                        plan.spec, rounds.keys, uploads.total, uploads.weight, rounds.arrived
+                    )
+                    session.advance(index, *plan.server(session.params, released, uploads, session.server_state))
+                    publisher.add(rounds.end())
+            except (BudgetExhaustedError, StopAskedError) as reason:
                 return str(reason)
         return None
 
@@ -174,7 +200,7 @@ class Orchestrator:
         files.write_json(manifest.NAME, manifest.manifest_of(files.path))
         files.forget_keys()
         closing = closing_sentences(plan, found, session.history, files.path, stopped)
-        self._progress.finish([*closing, f"run digest: {manifest.run_digest(files.path)}"])
+        self._end(files.path, [*closing, f"run digest: {manifest.run_digest(files.path)}"], stopped, card)
         return Run(model=plan.model, history=tuple(session.history), privacy=card, path=files.path, stopped=stopped)
 
     def _complete_already(self) -> Run:
@@ -183,9 +209,15 @@ class Orchestrator:
         plan.layout.load(plan.model, state.checkpoint.params)
         card = json.loads((path / "privacy.json").read_bytes())
         self._restored.files.forget_keys()  # a crash may have come before it
-        self._progress.finish([self._restored.already_complete()])
+        self._end(path, [self._restored.already_complete()], None, card)
         self._stack.close()
         return Run(model=plan.model.eval(), history=tuple(state.history), privacy=card, path=path)
+
+    def _end(self, path: Path, sentences: Sequence[str], stopped: str | None, card: Mapping[str, Any]) -> None:
+        end = End(path=path, sentences=sentences, stopped=stopped, privacy=card)
+        with user_code("the run is complete, but a callback failed at its end"):
+            for callback in self._callbacks:
+                callback.on_end(end)
 
 
 def _remedy(session: Session | None) -> str:

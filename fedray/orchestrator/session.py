@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedray.algorithms.server_optimizer import State
 from fedray.config.files import upgraded
 from fedray.config.settings import RunConfig
 from fedray.orchestrator.plan import Plan
@@ -42,6 +43,7 @@ class Session:
         round: The last finished round.
         generation: How often the run was extended.
         params: `[P]` after it.
+        server_state: Of algorithm and server optimizer after it, by name.
         round_key: Its key.
         card: Content of config.json.
         keep_key: Whether checkpoints hold the round key.
@@ -54,6 +56,7 @@ class Session:
     round: int
     generation: int
     params: npt.NDArray[np.float32]
+    server_state: State
     round_key: bytes
     card: Mapping[str, Any]
     keep_key: bool
@@ -91,6 +94,7 @@ class Session:
                 round=0,
                 generation=0,
                 params=params,
+                server_state={},
                 round_key=key,
                 card=card,
                 keep_key=not config.run.no_keep_key,
@@ -112,6 +116,7 @@ class Session:
             round=last.round,
             generation=last.generation,
             params=last.params,
+            server_state=last.server_state,
             round_key=last.round_key or b"",
             card=upgraded(last.card),
             keep_key=not config.run.no_keep_key,
@@ -179,9 +184,10 @@ class Session:
             self.files.note_ledger(self.ledger)
             self.noted = len(self.ledger)
 
-    def advance(self, index: int, params: npt.NDArray[np.float32]) -> None:
+    def advance(self, index: int, params: npt.NDArray[np.float32], server_state: State) -> None:
         """A round is done."""
-        self.round, self.params, self.round_key = index, params, next_round_key(self.round_key)
+        self.round, self.params, self.server_state = index, params, server_state
+        self.round_key = next_round_key(self.round_key)
 
     def checkpoint(self) -> Checkpoint:
         """Return the present state for the disk."""
@@ -189,6 +195,7 @@ class Session:
             round=self.round,
             generation=self.generation,
             params=self.params,
+            server_state=self.server_state,
             round_key=self.round_key if self.keep_key else None,
             card=self.card,
         )

@@ -46,7 +46,8 @@ class WorkerSetup:
         memory_limit: Bytes that one actor's training may take; None for its share of half the machine's memory.
         max_update_norm: Refuse longer updates.
         drop_failures: Leave out gateways that fail instead of raising.
-        steady_cohort: Whether the next round's gateways are known to be this one's.
+        steady_cohort: Whether everybody takes part in every round, so that noise can be drawn ahead.
+        each_row: Whether the orchestrator needs each gateway's upload, not their sum.
     """
 
     model: torch.nn.Module
@@ -59,6 +60,7 @@ class WorkerSetup:
     max_update_norm: float | None = None
     drop_failures: bool = False
     steady_cohort: bool = False
+    each_row: bool = False
 
 
 def resolve_device(device: str) -> torch.device:
@@ -121,6 +123,7 @@ class Worker:
             setup.engine, setup.model, setup.training, device, max(limit // 2, 1), setup.program
         )
         self._layout = Layout.of(setup.model)
+        self._width = len(setup.training.algorithm.uploads) * self._layout.num_params  # values that a gateway uploads
         self._largest_stack = min(limit // 4, _LARGEST_STACK_BYTES)
         self._thread = ThreadPoolExecutor(max_workers=1)  # starts when it has work
         self._drawing: Future[None] | None = None
@@ -149,14 +152,15 @@ class Worker:
         """
         self._settle_draws()
         weighted = self._setup.training.privacy.weights == "records"
-        together = max(1, self._largest_stack // (4 * self._layout.num_params))
-        stack_bytes = len(gateways) * 4 * self._layout.num_params
-        as_sum = len(gateways) > together or (len(gateways) > 2 and stack_bytes > _LARGEST_ANSWER_BYTES)
+        row_bytes = 4 * self._width
+        together = max(1, len(gateways) if self._setup.each_row else self._largest_stack // row_bytes)
+        large = len(gateways) > 2 and len(gateways) * row_bytes > _LARGEST_ANSWER_BYTES
+        as_sum = (len(gateways) > together or large) and not self._setup.each_row
         arrived: list[int] = []
         weights: list[float] = []
         failures: list[str] = []
         total: npt.NDArray[np.float64] | None = None
-        updates = np.empty((0, self._layout.num_params), np.float32)
+        updates = np.empty((0, self._width), np.float32)
         for first in range(0, len(gateways), together):
             part, updates, refused = self._updates(keys, params, gateways[first : first + together], look=as_sum)
             failures += refused
@@ -164,7 +168,7 @@ class Worker:
             arrived += part
             weights += own
             if as_sum:
-                total = weighted_sum(list(updates), own, _CPU, np.zeros(len(params)) if total is None else total)
+                total = weighted_sum(list(updates), own, _CPU, np.zeros(self._width) if total is None else total)
         return GroupResult(
             gateways=tuple(arrived),
             updates=updates if total is None else None,
@@ -211,10 +215,11 @@ class Worker:
             raise next(iter(problems.values()))
         good = [row for row in range(len(gateways)) if row not in problems]
         stack = (
-            rows if isinstance(rows, np.ndarray) and not problems else _stack([rows[row] for row in good], len(params))
+            rows if isinstance(rows, np.ndarray) and not problems else _stack([rows[row] for row in good], self._width)
         )
         if level_of(self._setup.training.privacy).central_noise:
-            stack = clip_rows(torch.from_numpy(stack), self._setup.training.privacy.clip_norm).numpy()
+            privacy = self._setup.training.privacy
+            stack = clip_rows(torch.from_numpy(stack), privacy.clip_norm, privacy.clipping).numpy()
         return [gateways[row] for row in good], stack, [str(problem) for problem in problems.values()]
 
     def _one_by_one(self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int]) -> _Rows:
@@ -260,8 +265,8 @@ def _norm(row: npt.NDArray[np.float32]) -> float:
     return float(np.linalg.norm(row.astype(np.float64)))
 
 
-def _stack(rows: Sequence[Any], num_params: int) -> npt.NDArray[np.float32]:
-    return np.stack(rows) if rows else np.empty((0, num_params), np.float32)
+def _stack(rows: Sequence[Any], width: int) -> npt.NDArray[np.float32]:
+    return np.stack(rows) if rows else np.empty((0, width), np.float32)
 
 
 def shard_mac(key: bytes, x: InputArrays, y: npt.NDArray[Any]) -> str:

@@ -85,7 +85,7 @@ class NoiseLevel:
 
     def noise_to_signal(self, spec: PrivacySpec, num_params: int) -> float:
         """Return the norm of the noise over the largest possible norm of what it hides."""
-        noise: float = spec.noise_multiplier * num_params**0.5
+        noise: float = spec.charged_multiplier * num_params**0.5
         return noise / {"record": spec.batch_size, "batch": 1, "plain": spec.expected_cohort}[self.local]
 
 
@@ -99,7 +99,7 @@ def _record_adjacency(spec: PrivacySpec) -> Adjacency:
 
 
 def _sample_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
-    sigma, rate = spec.noise_multiplier, spec.sample_rate
+    sigma, rate = spec.charged_multiplier, spec.sample_rate
     return (
         Claim(
             unit="record",
@@ -113,7 +113,7 @@ def _sample_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
 
 
 def _batch_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
-    sigma = spec.noise_multiplier
+    sigma = spec.charged_multiplier
     # Weights by record count are not noised.
     alike = "; among shards of the same number of records, which the weights tell" if spec.weights == "records" else ""
     return (
@@ -143,7 +143,7 @@ def _batch_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
 
 
 def _gateway_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
-    sigma = spec.noise_multiplier
+    sigma = spec.charged_multiplier
     # Who arrives may depend on data when gateways can be dropped: then participation amplifies nothing.
     rate = spec.participation if spec.secret_participation and not spec.arrival_may_depend_on_data else 1.0
     sampled = f"Poisson participation, rate {rate:g}, " if rate < 1 else ""

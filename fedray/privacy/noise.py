@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.privacy.shapes import noise_scale
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys, Stream, derive_key, fill_normals, torch_seed
 
@@ -26,13 +27,13 @@ class LocalNoise:
     """
 
     def __init__(self, spec: PrivacySpec, keys: RoundKeys, gateways: Sequence[int]) -> None:
-        self._std = spec.noise_std
+        self._std, self._shape, self._round = spec.noise_std, spec.noise_shape, keys.round_index
         self._keys = [keys.key(_LOCAL, gateway) for gateway in gateways]
         self._streams = [Stream(key) for key in self._keys]
 
     def fill(self, step: int, out: npt.NDArray[np.float32]) -> None:
         """Overwrite `out` `[G, P]` with the step's noise."""
-        fill_normals(self._streams, step, out, self._std)
+        fill_normals(self._streams, step, out, self._std * noise_scale(self._shape, self._round, step))
 
     def fill_on_device(self, step: int, out: torch.Tensor) -> None:
         """Overwrite `out` `[G, P]` on a GPU with the step's noise, from a generator keyed per gateway and step.
@@ -40,9 +41,10 @@ class LocalNoise:
         The device's generator (Philox) takes a 63-bit seed, so this noise is weaker than `fill`'s; reports say so.
         """
         generator = torch.Generator(device=out.device)
+        std = self._std * noise_scale(self._shape, self._round, step)
         for row, key in zip(out, self._keys, strict=True):
             generator.manual_seed(torch_seed(key, "device", step))
-            row.normal_(0.0, self._std, generator=generator)
+            row.normal_(0.0, std, generator=generator)
 
 
 def aggregate_noise(
@@ -62,6 +64,6 @@ def aggregate_noise(
     label = hashlib.sha256(repr([(int(first), int(last)) for first, last in arrived]).encode()).hexdigest()
     key = derive_key(keys.key(_AGGREGATE, 0), label)
     out = np.empty((1, num_params), np.float32)
-    fill_normals([Stream(key)], 0, out, spec.noise_std)
+    fill_normals([Stream(key)], 0, out, spec.noise_std * noise_scale(spec.noise_shape, keys.round_index, 0))
     row: npt.NDArray[np.float32] = out[0]
     return row

@@ -6,7 +6,9 @@ Sampler, mechanism and accountant all read them here, so that what is charged is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from fedray.privacy.shapes import Clipping, FixedClipping, IndependentNoise, NoiseShape
 
 NoiseLevelName = Literal["none", "batch", "sample", "gateway"]
 WeightsName = Literal["uniform", "records"]
@@ -28,6 +30,8 @@ class PrivacySpec:
         weights: How updates are averaged; "records" reveals record counts and makes the adjacency zero-out.
         participation: Poisson rate of gateways in a round.
         arrival_may_depend_on_data: Gateways may be dropped (--on-failure drop), so that who arrives may tell something.
+        clipping: How vectors are brought into the ball of radius C.
+        noise_shape: How noise varies over rounds and steps.
     """
 
     noise_level: NoiseLevelName
@@ -41,6 +45,18 @@ class PrivacySpec:
     weights: WeightsName = "uniform"
     participation: float = 1.0
     arrival_may_depend_on_data: bool = False
+    clipping: Clipping = FixedClipping()
+    noise_shape: NoiseShape = IndependentNoise()
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The numbers and names among the constants, by name."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("clipping", "noise_shape")}
+
+    @property
+    def charged_multiplier(self) -> float:
+        """The noise multiplier that the accountant charges: sigma times the least scale of the noise's shape."""
+        return self.noise_multiplier * self.noise_shape.least
 
     @property
     def secret_participation(self) -> bool:

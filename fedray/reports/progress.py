@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
+from fedray.reports.callback import End, RoundDone, Start
+
 _SHOWN_ROUNDS = 20  # rows of the live table
-
-
-class Progress(Protocol):
-    """Told what happens; shows it or not."""
-
-    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
-        """The run is about to train."""
-        ...
-
-    def round(self, record: dict[str, Any], rounds: int) -> None:
-        """A round is done."""
-        ...
-
-    def finish(self, sentences: Sequence[str]) -> None:
-        """The run is over."""
-        ...
-
-
-class Silent:
-    """Shows nothing; what the Python entry uses unless it is told otherwise."""
-
-    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
-        """Show nothing."""
-
-    def round(self, record: dict[str, Any], rounds: int) -> None:
-        """Show nothing."""
-
-    def finish(self, sentences: Sequence[str]) -> None:
-        """Show nothing."""
 
 
 class Terminal:
@@ -54,10 +27,22 @@ class Terminal:
         self._quiet = quiet
         self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._live: Live | None = None
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Mapping[str, Any]] = []
 
-    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+    def on_start(self, start: Start) -> None:
         """Show the plan and its warnings."""
+        self.show_plan("fedray", start.rows, start.warnings)
+
+    def on_round(self, done: RoundDone) -> None:
+        """Show a finished round."""
+        self._show_round(done.record, done.rounds)
+
+    def on_end(self, end: End) -> None:
+        """Show the closing sentences."""
+        self.say(end.sentences)
+
+    def show_plan(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+        """Show a plan and its warnings."""
         if self._quiet:
             return
         if self._console.is_terminal:
@@ -73,8 +58,7 @@ class Terminal:
             self._console.print(f"warning: {warning}", style="yellow", markup=False)
         sys.stdout.flush()
 
-    def round(self, record: dict[str, Any], rounds: int) -> None:
-        """Show a finished round."""
+    def _show_round(self, record: Mapping[str, Any], rounds: int) -> None:
         if self._quiet:
             return
         if not self._console.is_terminal:
@@ -86,8 +70,8 @@ class Terminal:
             self._live.start()
         self._live.update(_table(self._records[-_SHOWN_ROUNDS:], rounds))
 
-    def finish(self, sentences: Sequence[str]) -> None:
-        """Show the closing sentences."""
+    def say(self, sentences: Sequence[str]) -> None:
+        """Show sentences, quiet or not."""
         self.close()
         for sentence in sentences:
             self._console.print(sentence, markup=False)
@@ -100,10 +84,8 @@ class Terminal:
             self._live = None
 
 
-def _cells(record: dict[str, Any]) -> list[tuple[str, str]]:
-    cells = []
-    if record["accuracy"] is not None:
-        cells.append(("accuracy", f"{record['accuracy']:.4f}"))
+def _cells(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    cells = [(name, f"{value:.4f}") for name, value in record["metrics"].items() if value is not None]
     if record["loss"] is not None:
         cells.append(("loss", f"{record['loss']:.4f}"))
     cells += [(f"epsilon/{unit}", f"{value:.3f}") for unit, value in record["epsilon"].items()]
@@ -112,11 +94,11 @@ def _cells(record: dict[str, Any]) -> list[tuple[str, str]]:
     return cells
 
 
-def _line(record: dict[str, Any], rounds: int) -> str:
+def _line(record: Mapping[str, Any], rounds: int) -> str:
     return f"round {record['round']}/{rounds}  " + "  ".join(f"{name} {value}" for name, value in _cells(record))
 
 
-def _table(records: Sequence[dict[str, Any]], rounds: int) -> Table:
+def _table(records: Sequence[Mapping[str, Any]], rounds: int) -> Table:
     table = Table(box=None, padding=(0, 2))
     table.add_column("round", justify="right")
     for name, _ in _cells(records[-1]):

@@ -48,6 +48,7 @@ def config_card(config: RunConfig, spec: PrivacySpec, placement: str | None = No
         "format": FORMAT,
         "config": resolved,
         "nominal_records": round(spec.batch_size / spec.sample_rate),
+        "least_noise_scale": spec.noise_shape.least,
         "placement": placement,
         "versions": versions(),
         "machine": machine,

@@ -6,14 +6,13 @@ What does not agree with the newest good checkpoint (config, metrics, ledger, ke
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from fedray.config.files import check_format
-from fedray.errors import DamagedRunError, InputError, RunFailedError
+from fedray.errors import DamagedRunError, RunFailedError
 from fedray.privacy.ledger import Ledger, drop_torn_line
 from fedray.privacy.ledger import read as read_ledger
 from fedray.privacy.streams import commitment
@@ -30,6 +29,7 @@ from fedray.rundir.checkpoint import (
     DESCRIPTION,
     ROUND_KEY,
     Checkpoint,
+    arrays_digest,
     checkpoints_in,
     contents_of,
     key_of,
@@ -37,6 +37,7 @@ from fedray.rundir.checkpoint import (
     write_checkpoint,
 )
 from fedray.rundir.files import as_json, bytes_of, removed_if_killed, replace, sealed, sync_directory, unsealed, write
+from fedray.rundir.lock import locked
 
 _UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it should the newest be damaged
@@ -121,28 +122,10 @@ class RunDirectory:
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the directory for this process; the operating system lets go when the process ends, however it ends.
-
-        Raises:
-            InputError: Another process holds it.
-        """
-        # The setup key's file: it is never replaced. (Network file systems lock files that are open for writing only.)
-        path = self.path / "checkpoint" / _SETUP_KEY
-        with contextlib.ExitStack() as stack:
-            try:
-                file = stack.enter_context(path.open("r+b"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise InputError(f"{self.path} is no run directory (it has no {path.name}); check the path.") from error
-            except BlockingIOError as error:
-                raise InputError(
-                    f"{self.path} is in use by another process; wait for it to end, or stop it."
-                ) from error
-            except OSError as error:
-                raise InputError(f"{path} cannot be locked ({error}); it must be a file that you may write.") from error
-            yield
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the directory for this process, see `fedray.rundir.lock`."""
+        # The setup key's file: it is never replaced.
+        return locked(self.path, self.path / "checkpoint" / _SETUP_KEY)
 
     def note_ledger(self, ledger: Ledger) -> None:
         """Remember the ledger's length and head outside of it, so that a line lost at its end is found.
@@ -189,7 +172,7 @@ class RunDirectory:
             "round": state.round,
             "generation": state.generation,
             **_note(ledger),
-            "params_sha256": hashlib.sha256(state.params.data).hexdigest(),
+            "arrays_sha256": arrays_digest(state.arrays),
             "metrics_size": self._metrics_size,
             "metrics_sha256": self._metrics_hash.hexdigest(),
             "setup_key_commitment": self._setup_commitment,
@@ -199,7 +182,7 @@ class RunDirectory:
         texts = {DESCRIPTION: sealed(description).decode()}
         if state.round_key is not None:
             texts[ROUND_KEY] = state.round_key.hex()
-        write_checkpoint(self.path / "checkpoint" / state.name, state.params, texts)
+        write_checkpoint(self.path / "checkpoint" / state.name, state.arrays, texts)
         self._drop_old_checkpoints()
 
     def _drop_old_checkpoints(self) -> None:
@@ -282,9 +265,9 @@ class RunDirectory:
         for other in root.glob("*.safetensors"):  # hidden ones too, which a crash left unfinished
             if other != newest:
                 other.unlink()
-        texts, params = contents_of(newest)
+        texts, arrays = contents_of(newest)
         if texts.keys() != {DESCRIPTION}:
-            write_checkpoint(newest, params, {DESCRIPTION: texts[DESCRIPTION]})
+            write_checkpoint(newest, arrays, {DESCRIPTION: texts[DESCRIPTION]})
 
     def reopen(self) -> None:
         """Drop what only a finished run holds, because more rounds follow."""

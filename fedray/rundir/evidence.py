@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fedray.config.files import check_format
 from fedray.config.settings import SETTINGS, RunConfig
 from fedray.errors import InputError
+from fedray.privacy.shapes import IndependentNoise
 from fedray.privacy.spec import PrivacySpec
 from fedray.rundir import manifest
 
@@ -155,19 +156,10 @@ def read_settings(path: Path) -> RunSettings:
         raise UntrueError(f"holds a setting that no run has: {error}") from error
     if config.training.batch_size > records:
         raise UntrueError(f"batch_size is {config.training.batch_size} but nominal_records is {records}.")
-    spec = PrivacySpec(
-        noise_level=config.privacy.noise_level,
-        noise_multiplier=1.0 if config.privacy.noise_multiplier is None else config.privacy.noise_multiplier,
-        clip_norm=config.privacy.clip_norm,
-        delta=config.privacy.delta,
-        batch_size=config.training.batch_size,
-        sample_rate=config.training.batch_size / records,
-        local_steps=config.training.local_steps,
-        expected_cohort=config.federation.gateways * config.federation.participation,
-        weights=config.federation.weights,
-        participation=config.federation.participation,
-        arrival_may_depend_on_data=config.federation.on_failure == "drop",
-    )
+    least = card.get("least_noise_scale", 1.0)
+    if not is_number(least) or least <= 0 or (least != 1 and config.privacy.noise_shape == "independent"):
+        raise UntrueError(f"least_noise_scale is {least!r}, which {config.privacy.noise_shape} noise does not have.")
+    spec = config.spec(records, noise_shape=IndependentNoise(least=float(least)))
     return RunSettings(values=values, card=card, spec=spec)
 
 

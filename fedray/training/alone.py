@@ -21,6 +21,7 @@ from fedray.data.inputs import leaves
 from fedray.data.shards import Shard
 from fedray.models.layout import Layout
 from fedray.privacy.clipping import clip_factors, usable
+from fedray.privacy.shapes import Clipping
 from fedray.training.batching import Batched
 from fedray.training.draws import Batch
 from fedray.training.program import Program, Site
@@ -74,7 +75,7 @@ class AloneGradients:
             self._params = [value[0] for value in self._params]
         self._draws = RecordDraws(self._program.draws, keys, gateways, self._device)
 
-    def add_clipped(self, out: torch.Tensor, batch: Batch, step: int, clip_norm: float) -> None:
+    def add_clipped(self, out: torch.Tensor, batch: Batch, step: int, clip_norm: float, rule: Clipping) -> None:
         """See `RecordGradients.add_clipped`."""
         for parts, mask in self._parts(batch, step):
             squares = [part.squared_norms() for part in parts]
@@ -82,7 +83,7 @@ class AloneGradients:
             if not bool(usable(norms.max())):
                 for part in parts:
                     part.select(usable(norms))
-            factors = clip_factors(norms, clip_norm) * mask
+            factors = clip_factors(norms, clip_norm, rule=rule) * mask
             for part in parts:
                 part.add_sum(out, factors)
 

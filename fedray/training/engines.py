@@ -11,8 +11,9 @@ from torch import nn
 
 from fedray.data.inputs import on, only_leaf, taken
 from fedray.data.shards import Shard
-from fedray.models.calls import Loss, cross_entropy
 from fedray.models.layout import Layout
+from fedray.tasks.classification import cross_entropy
+from fedray.tasks.own_loss import Loss
 from fedray.training.alone import AloneGradients
 from fedray.training.program import Program, Untraceable
 from fedray.training.record_gradients import RecordGradients, SequenceGradients

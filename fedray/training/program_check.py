@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedray.data.inputs import Inputs, leaves, rebuilt, taken
 from fedray.data.shards import Shard
-from fedray.models.calls import Loss, call_model
+from fedray.models.calls import call_model
 from fedray.models.layout import Layout
+from fedray.privacy.shapes import FixedClipping
 from fedray.privacy.streams import RoundKeys
+from fedray.tasks.own_loss import Loss
 from fedray.training.draws import Batch
 from fedray.training.program import Draw, Untraceable
 from fedray.training.record_draws import RecordDraws
@@ -178,7 +180,7 @@ class _Checked:
             )
             found = torch.zeros(len(gateways), self._layout.num_params)
             with torch.no_grad():
-                gradients.add_clipped(found, batch, 0, _CLIP_NORM)
+                gradients.add_clipped(found, batch, 0, _CLIP_NORM, FixedClipping())
             return found
 
         try:

@@ -13,6 +13,7 @@ import torch
 from fedray.data.inputs import only_leaf
 from fedray.data.shards import Shard
 from fedray.privacy.clipping import clip_factors, usable
+from fedray.privacy.shapes import Clipping
 from fedray.privacy.streams import RoundKeys
 from fedray.training.batching import Batched
 from fedray.training.chain import cross_entropy_gradient
@@ -45,7 +46,7 @@ class RecordGradients(Protocol):
         """Use `params` `[G, P]` from now on (they may change in place); `identity` is the round's keys and gateways."""
         ...
 
-    def add_clipped(self, out: torch.Tensor, batch: Batch, step: int, clip_norm: float) -> None:
+    def add_clipped(self, out: torch.Tensor, batch: Batch, step: int, clip_norm: float, rule: Clipping) -> None:
         """Add each gateway's sum of gradients clipped to C to `out` `[G, P]`; a non-finite gradient counts as zero."""
         ...
 
@@ -94,7 +95,7 @@ class SequenceGradients:
         """See `RecordGradients.bind`."""
         self._model.bind(params)
 
-    def add_clipped(self, out: torch.Tensor, batch: Batch, step: int, clip_norm: float) -> None:
+    def add_clipped(self, out: torch.Tensor, batch: Batch, step: int, clip_norm: float, rule: Clipping) -> None:
         """See `RecordGradients.add_clipped`."""
         layers = self._differentiated(batch, batch.mask)
         if not layers:
@@ -102,36 +103,35 @@ class SequenceGradients:
         on_cpu = self._device.type == "cpu"  # on a GPU, looking at values would cost more than it spares
         quick = quick_norms(layers, batch.mask.shape, clip_norm) if on_cpu else None
         if quick is None:
-            self._add_carefully(out, layers, clip_norm)
+            self._add_carefully(out, layers, clip_norm, rule)
             return
         norms, hold = quick
         if hold is None:
-            self._add_quickly(out, layers, norms, clip_norm)
+            self._add_quickly(out, layers, clip_factors(norms, clip_norm, all_usable=True, rule=rule))
             return
         quickly, carefully = torch.zeros_like(out), torch.zeros_like(out)
-        self._add_quickly(quickly, layers, norms, clip_norm)
-        self._add_carefully(carefully, layers, clip_norm)
+        self._add_quickly(quickly, layers, clip_factors(norms, clip_norm, all_usable=True, rule=rule))
+        self._add_carefully(carefully, layers, clip_norm, rule)
         out += torch.where(hold.unsqueeze(1), quickly, carefully)
 
-    def _add_quickly(
-        self, out: torch.Tensor, layers: Sequence[StackedLayer], norms: torch.Tensor, clip_norm: float
-    ) -> None:
-        """Add sums of gradients whose norms `quick_norms` gave; all of them are usable."""
-        factors = clip_factors(norms, clip_norm, all_usable=True)
+    def _add_quickly(self, out: torch.Tensor, layers: Sequence[StackedLayer], factors: torch.Tensor) -> None:
+        """Add sums of gradients times factors, by norms that `quick_norms` gave; all of them are usable."""
         if len(layers) == len(self._model.layers):  # their parameters are the whole vector, in its order
             out += quick_sums(layers, factors)
             return
         for layer in layers:
             layer.add_sums(out, factors)
 
-    def _add_carefully(self, out: torch.Tensor, layers: Sequence[StackedLayer], clip_norm: float) -> None:
+    def _add_carefully(
+        self, out: torch.Tensor, layers: Sequence[StackedLayer], clip_norm: float, rule: Clipping
+    ) -> None:
         """Add sums of gradients of any size."""
         squares = [layer.squared_norms() for layer in layers]
         norms = functools.reduce(torch.Tensor.add_, squares[1:], squares[0]).sqrt_()
         if self._device.type != "cpu" or not bool(usable(norms.max())):
             for layer in layers:
                 layer.select(usable(norms))
-        factors = clip_factors(norms, clip_norm)
+        factors = clip_factors(norms, clip_norm, rule=rule)
         for layer in layers:
             layer.add_sums(out, factors)
 

@@ -20,6 +20,7 @@ import torch
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 
+from fedray.algorithms.algorithm import LocalRule
 from fedray.data.inputs import on
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
@@ -59,10 +60,13 @@ class OpacusTrainer:
         self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
     ) -> Float32Array:
         """See `fedray.training.trainer.Trainer.train`."""
-        updates = np.empty((len(gateways), len(params)), np.float32)
+        algorithm, sent = self._training.algorithm, torch.from_numpy(np.array(params, np.float32))
+        updates = np.empty((len(gateways), len(algorithm.uploads) * len(params)), np.float32)
         for row, gateway in zip(updates, gateways, strict=True):
             try:
-                np.subtract(self._train_gateway(keys, params, gateway, shards[gateway]), params, out=row)
+                rule = LocalRule(algorithm, 1, sent)
+                trained = torch.from_numpy(self._train_gateway(keys, params, gateway, shards[gateway], rule))
+                row[:] = rule.uploads(trained.unsqueeze(0))[0].numpy()
             except FedrayError:
                 raise
             except (Exception, SystemExit) as error:  # model, loss and data are the user's; they may raise anything
@@ -75,7 +79,9 @@ class OpacusTrainer:
     def draw_ahead(self, stop: Event) -> None:
         """Leave it: this trainer draws when it needs to."""
 
-    def _train_gateway(self, keys: RoundKeys, params: Float32Array, gateway: int, shard: Shard) -> Float32Array:
+    def _train_gateway(
+        self, keys: RoundKeys, params: Float32Array, gateway: int, shard: Shard, rule: LocalRule
+    ) -> Float32Array:
         self._layout.load(self._values, params)
         privacy = self._training.privacy
         sampler = PoissonSampler(privacy, keys, gateway)
@@ -96,7 +102,7 @@ class OpacusTrainer:
                     chosen = shard.records(torch.from_numpy(batch).to(self._device))
                     losses = self._training.loss(call_model(self._model, chosen.x), chosen.y)
                     losses.sum().backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
-                self._step(optimizer, gateway, step, batch, noise)
+                self._step(optimizer, gateway, step, batch, noise, rule)
         return self._layout.flatten(self._values)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -111,12 +117,15 @@ class OpacusTrainer:
         step: int,
         batch: npt.NDArray[np.int64],
         noise: LocalNoise,
+        rule: LocalRule,
     ) -> None:
         privacy = self._training.privacy
         if self._local == "plain":
             for parameter in self._params:
                 if parameter.grad is not None:
                     parameter.grad /= len(batch)
+            if rule.changes_gradients:
+                _unflatten(self._ruled(rule, _flat([p.grad for p in self._params], self._params)), self._params)
             optimizer.step()
             return
         draw = np.empty((1, self._layout.num_params), np.float32)
@@ -137,14 +146,19 @@ class OpacusTrainer:
                     divisor=divisor,
                 )
                 gradient = self.observer.released(seen, gradient)
-            return gradient
+            return self._ruled(rule, gradient) if rule.changes_gradients else gradient
 
         if isinstance(optimizer, KeyedDPOptimizer):
             optimizer.release, optimizer.num_records = release, len(batch)
         else:
             mean = _flat([p.grad for p in self._params], self._params) / privacy.batch_size
-            _unflatten(release(clip_rows(mean.unsqueeze(0), privacy.clip_norm)[0]), self._params)
+            _unflatten(release(clip_rows(mean.unsqueeze(0), privacy.clip_norm, privacy.clipping)[0]), self._params)
         optimizer.step()
+
+    def _ruled(self, rule: LocalRule, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the algorithm's gradient `[P]` for the optimizer."""
+        params = torch.cat([parameter.detach().flatten() for parameter in self._params])
+        return rule.gradient(gradient.cpu().unsqueeze(0), params.cpu().unsqueeze(0))[0].to(gradient.device)
 
 
 class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
@@ -165,6 +179,7 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
         )
         self.release: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.num_records = 0
+        self._rule = privacy.clipping
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip, sum, add noise, divide by the public B; an empty batch is a step like any other."""
@@ -185,7 +200,7 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
             raise RuntimeError(NOT_THE_BATCH)
         per_param = [torch.linalg.vector_norm(sample.flatten(1), dim=1, dtype=torch.float64) for sample in used]
         norms = torch.stack(per_param, dim=1).norm(2, dim=1)
-        factors = clip_factors(norms, self.max_grad_norm)
+        factors = clip_factors(norms, self.max_grad_norm, rule=self._rule)
         for p, sample in zip(self.params, samples, strict=True):
             if sample is None:  # a parameter that this forward pass did not use
                 p.summed_grad = torch.zeros_like(p)

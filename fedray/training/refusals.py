@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from fedray.models.calls import Loss
+from fedray.tasks.own_loss import Loss
 from fedray.training.held_state import changed, held_state
 from fedray.training.program import Untraceable
 from fedray.training.traced_code import TracedCode, attribute_of

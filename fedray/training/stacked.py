@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.algorithms.algorithm import LocalRule
 from fedray.data.shards import Shard
 from fedray.errors import FedrayError, GatewayError
 from fedray.privacy.clipping import clip_rows
@@ -46,6 +47,7 @@ class StackedTrainer:
     ) -> None:
         self.observer: StepObserver | None = None
         self._training = training
+        self._algorithm = training.algorithm
         self._device = device
         self._local = level_of(training.privacy).local
         self._divisor = float(training.privacy.batch_size) if self._local == "record" else 1.0
@@ -60,7 +62,7 @@ class StackedTrainer:
         self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
     ) -> Float32Array:
         """See `fedray.training.trainer.Trainer.train`."""
-        updates = np.empty((len(gateways), len(params)), np.float32)
+        updates = np.empty((len(gateways), len(self._algorithm.uploads) * len(params)), np.float32)
         start = 0
         while start < len(gateways):
             first = shards[gateways[start]]
@@ -126,14 +128,17 @@ class StackedTrainer:
         values = sent.repeat(len(gateways), 1)
         self._gradients.bind(values, draws.identity)
         optimizer = new_row_optimizer(self._training.optimizer, values, self._training.lr, self._divisor)
+        rule = LocalRule(self._algorithm, len(gateways), sent)
         memory = torch.empty_like(values)
         for step, batch in enumerate(draws.batches()):
             gradient = self._release(memory, gateways, step, batch, draws)
+            if rule.changes_gradients:
+                gradient = rule.gradient(gradient / self._divisor, values) * self._divisor
             if self._local != "plain" or batch.sizes.all():
                 optimizer.step(gradient)
             elif batch.sizes.any():
                 optimizer.step(gradient, torch.from_numpy(np.flatnonzero(batch.sizes)).to(self._device))
-        return values.sub_(sent).cpu().numpy()
+        return rule.uploads(values).cpu().numpy()
 
     def _release(
         self, memory: torch.Tensor, gateways: Sequence[int], step: int, batch: Batch, draws: Draws
@@ -151,7 +156,7 @@ class StackedTrainer:
             self._add_clipped_records(gradient, batch, step)
         else:
             self._add_gradients(gradient, batch, step, np.full(len(gateways), 1.0 / self._training.privacy.batch_size))
-            gradient.copy_(clip_rows(gradient, self._training.privacy.clip_norm))
+            gradient.copy_(clip_rows(gradient, self._training.privacy.clip_norm, self._training.privacy.clipping))
         drawn = draws.noise(step, torch.empty_like(gradient))
         if self.observer is None:
             gradient += drawn
@@ -167,7 +172,8 @@ class StackedTrainer:
     def _add_clipped_records(self, gradient: torch.Tensor, batch: Batch, step: int) -> None:
         """Add each gateway's sum of clipped record gradients (Abadi et al. 2016, Algorithm 1)."""
         if batch.mask.shape[1]:
-            self._gradients.add_clipped(gradient, batch, step, self._training.privacy.clip_norm)
+            privacy = self._training.privacy
+            self._gradients.add_clipped(gradient, batch, step, privacy.clip_norm, privacy.clipping)
 
     def _observe(
         self,

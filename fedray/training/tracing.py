@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedray.models.calls import Loss
+from fedray.tasks.own_loss import Loss
 from fedray.training.compiling import Wanted, compiled
 from fedray.training.fusing import fuse
 from fedray.training.parameter_uses import Use, uses_of

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedray.algorithms.algorithm import Algorithm
+from fedray.algorithms.fedavg import FedAvg
 from fedray.data.shards import Shard
-from fedray.models.calls import Loss
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys
+from fedray.tasks.own_loss import Loss
 
 Float32Array = npt.NDArray[np.float32]
 NOT_THE_BATCH = "a layer's first dimension is not the batch, so its gradients are not one a record"
@@ -29,12 +31,14 @@ class LocalTraining:
         optimizer: Fresh each round.
         lr: Its learning rate.
         loss: Maps (output, target) to one value a record.
+        algorithm: What becomes of gradients, and what is uploaded.
     """
 
     privacy: PrivacySpec
     optimizer: Literal["adam", "sgd"]
     lr: float
     loss: Loss
+    algorithm: Algorithm = FedAvg()
 
 
 class GatewayShards(Protocol):
@@ -54,12 +58,12 @@ class Trainer(Protocol):
     def train(
         self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
     ) -> Float32Array:
-        """Return the updates `[G, P]` (params after local training − params received), in the order of `gateways`.
+        """Return what gateways upload, `[G, W]`: with FedAvg params after local training − params received, W = P.
 
         Args:
             keys: The round's key and attempt.
             params: `[P]`, what the orchestrator sent.
-            gateways: Ids.
+            gateways: Ids; the rows are in their order.
             shards: Gives each gateway's records.
 
         Raises:

@@ -19,7 +19,10 @@ SMALL = ["--gateways", "2", "--rounds", "1", "--local-steps", "2", "--batch-size
 def test_configs_cover_every_level_noise_and_seed() -> None:
     found = sweep.configs_of(RunConfig(), ["sample", "gateway", "none"], [0.5, 1.0], [], [0, 1])
     assert len(found) == 2 * 2 * 2 + 2
-    assert {(c.privacy.noise_level, c.privacy.noise_multiplier, c.run.seed) for c in found} >= {("sample", 0.5, 1), ("none", None, 0)}
+    assert {(c.privacy.noise_level, c.privacy.noise_multiplier, c.run.seed) for c in found} >= {
+        ("sample", 0.5, 1),
+        ("none", None, 0),
+    }
     assert all(c.machine.pool == "inline" and c.run.quiet and c.run.out is None for c in found)
 
 
@@ -112,11 +115,11 @@ def test_command_needs_test_data_with_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_score(self: object, params: object) -> object:
-        from fedray.tasks.evaluation import Score
+        from fedray.orchestrator.evaluation import Score
 
-        return Score(accuracy=None, loss=None)
+        return Score(loss=None, metrics={"accuracy": None})
 
-    monkeypatch.setattr("fedray.tasks.evaluation.Evaluation.score", no_score)
+    monkeypatch.setattr("fedray.orchestrator.evaluation.Evaluation.score", no_score)
     monkeypatch.chdir(tmp_path)
     assert main(["frontier", *SMALL, "--noise-multipliers", "1", "--seeds", "0", "--pool", "inline"]) == 2
     assert "held-out data" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from fedray.audit.canaries import mislabelled, out_of_distribution, record_gradi
 from fedray.data import inputs
 from fedray.data.inputs import leaves, same_structure
 from fedray.data.shards import Shard
-from fedray.models.calls import cross_entropy
 from fedray.orchestrator.preparing import UserParts
+from fedray.tasks.classification import cross_entropy
 from tests.audit.worlds import audit_of, flagged
 
 

@@ -47,7 +47,7 @@ FLAGS = {
     "no_gateways_per_actor": Case("--gateways-per-actor 0", ("--gateways-per-actor is 0", "auto or")),
     "text_for_gateways_per_actor": Case("--gateways-per-actor all", ("--gateways-per-actor is 'all'", "auto or")),
     "no_samples": Case("--samples-per-gateway 0", ("--samples-per-gateway is 0", "at least 1")),
-    "unknown_partition": Case("--partition shards", ("--partition is 'shards'", "iid or dirichlet:ALPHA")),
+    "unknown_partition": Case("--partition shards", ("--partition is 'shards'", "iid, dirichlet:ALPHA or module:name")),
     "zero_alpha": Case("--partition dirichlet:0", ("--partition is 'dirichlet:0'", "ALPHA > 0")),
     "text_alpha": Case("--partition dirichlet:x", ("--partition is 'dirichlet:x'", "ALPHA > 0")),
     "missing_alpha": Case("--partition dirichlet", ("--partition is 'dirichlet'", "ALPHA > 0")),

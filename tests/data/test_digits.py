@@ -7,7 +7,8 @@ from sklearn.datasets import load_digits
 
 from fedray.config.settings import RunConfig
 from fedray.data import digits
-from fedray.data.source import from_config
+from fedray.data.source import load, wanted_of
+from fedray.tasks.classification import Classification
 
 
 def test_load_gives_images_in_the_unit_interval() -> None:
@@ -26,9 +27,11 @@ def test_load_splits_scikit_learns_records_once() -> None:
     assert np.array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)].astype(np.float32))
 
 
-def test_from_config_partitions_digits_by_the_setup_key() -> None:
+def test_load_partitions_digits_by_the_setup_key() -> None:
     config = RunConfig().resolve(dataset="digits", gateways=20, batch_size=64)
-    one, same, other = (from_config(config, key) for key in (bytes(32), bytes(32), b"1" * 32))
+    one, same, other = (
+        load("digits", wanted_of(config, Classification(), key)) for key in (bytes(32), bytes(32), b"1" * 32)
+    )
     assert np.array_equal(one.shards[3][1], same.shards[3][1])
     assert not np.array_equal(one.shards[3][1], other.shards[3][1])
     assert one.nominal_records == 1437 // 20

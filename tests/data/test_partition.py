@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.data.partition import dirichlet_alpha, split
+from fedray.config.seams import find
+from fedray.data.partition import Dirichlet, Iid, Indices, Partitioner
+from fedray.data.partition import split as split_by
 from fedray.errors import InputError
+
+
+def split(labels: npt.NDArray[np.int64], gateways: int, alpha: float | None, rng: np.random.Generator) -> Indices:
+    partitioner: Partitioner = Iid() if alpha is None else Dirichlet(str(alpha))
+    return split_by(partitioner, "the rule", labels, gateways, rng)
+
 
 labels_and_gateways = st.integers(1, 200).flatmap(
     lambda records: st.tuples(
@@ -71,12 +80,54 @@ def test_split_refuses_more_gateways_than_records() -> None:
         split(np.zeros(3, np.int64), 4, None, np.random.default_rng(0))
 
 
-def test_dirichlet_alpha_reads_the_flag() -> None:
-    assert dirichlet_alpha("iid") is None
-    assert dirichlet_alpha("dirichlet:0.5") == 0.5
+def test_find_reads_the_flag() -> None:
+    assert isinstance(find("partitioner", "iid"), Iid)
+    assert find("partitioner", "dirichlet:0.5").alpha == 0.5
 
 
-@pytest.mark.parametrize("partition", ["dirichlet:nan", "dirichlet:-1", "dirichlet:inf", "dirichlet:", "IID", ""])
-def test_dirichlet_alpha_refuses(partition: str) -> None:
+@pytest.mark.parametrize("partition", ["dirichlet:nan", "dirichlet:-1", "dirichlet:inf", "dirichlet:", "dirichlet"])
+def test_find_refuses_a_concentration(partition: str) -> None:
     with pytest.raises(InputError, match="it must be iid or dirichlet:ALPHA with ALPHA > 0"):
-        dirichlet_alpha(partition)
+        find("partitioner", partition)
+
+
+@pytest.mark.parametrize("partition", ["IID", "", "dirichlet 1", ":", "no module:name"])
+def test_find_refuses_what_is_no_partition(partition: str) -> None:
+    with pytest.raises(InputError, match="it must be iid, dirichlet:ALPHA or module:name"):
+        find("partitioner", partition)
+
+
+class _Wrong:
+    def __init__(self, *shards: list[int]) -> None:
+        self._shards = shards
+
+    def split(self, targets: npt.NDArray[np.int64], gateways: int, rng: np.random.Generator) -> Indices:
+        if not self._shards:
+            raise ZeroDivisionError("no shards")
+        return [np.array(shard, np.int64) for shard in self._shards]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (_Wrong([0, 1], [1, 2]), "returned a record twice, or one that does not exist"),
+        (_Wrong([0, 1], [7]), "returned a record twice, or one that does not exist"),
+        (_Wrong([0, -1], [1]), "returned a record twice, or one that does not exist"),
+        (_Wrong([0, 1], []), "returned 2 index arrays, 1 of them empty"),
+        (_Wrong([0, 1]), "returned 1 index arrays"),
+        (_Wrong(), "raised ZeroDivisionError: no shards"),
+    ],
+)
+def test_split_refuses_what_would_break_a_claim(wrong: _Wrong, sentence: str) -> None:
+    """A record in two shards would be charged once and used twice."""
+    with pytest.raises(InputError, match=sentence):
+        split_by(wrong, "the rule", np.zeros(3, np.int64), 2, np.random.default_rng(0))
+
+
+def test_split_may_leave_records_out() -> None:
+    assert [
+        list(own) for own in split_by(_Wrong([2], [0]), "the rule", np.zeros(3, np.int64), 2, np.random.default_rng(0))
+    ] == [
+        [2],
+        [0],
+    ]

@@ -12,8 +12,10 @@ import torch
 from fedray.data.gateway import Gateway
 from fedray.data.shards import CutShards, RecordRules, Shard, ShardCache, as_arrays, joined
 from fedray.errors import InputError
+from fedray.tasks.classification import cross_entropy
+from fedray.tasks.own_loss import OwnLoss
 
-RULES = RecordRules.of(np.zeros((1, 2), np.float32), 2)
+RULES = RecordRules.of(np.zeros((1, 2), np.float32), outputs=(2,))
 
 
 class Counted:
@@ -120,7 +122,7 @@ def test_as_arrays_takes_whole_labels_of_any_type() -> None:
 
 
 def test_as_arrays_keeps_the_targets_of_a_regression() -> None:
-    _, y = as_arrays((np.zeros((2, 1)), [[0.5, -1.5], [2.0, 3.0]]), "data", class_labels=False)
+    _, y = as_arrays((np.zeros((2, 1)), [[0.5, -1.5], [2.0, 3.0]]), "data", OwnLoss(cross_entropy))
     assert y.dtype == np.float32
     assert y.tolist() == [[0.5, -1.5], [2.0, 3.0]]
 
@@ -200,14 +202,14 @@ GOOD = {"ids": IDS.astype(np.int64), "mask": MASK}
     ],
 )
 def test_rules_name_the_input_that_differs(x: Any, sentence: str) -> None:
-    rules = RecordRules.of(as_arrays((GOOD, LABELS), "shard 0")[0], 2)
+    rules = RecordRules.of(as_arrays((GOOD, LABELS), "shard 0")[0], outputs=(2,))
     rules.check(*as_arrays((GOOD, LABELS), "shard 0"), "shard 0")
     with pytest.raises(InputError, match=sentence):
         rules.check(*as_arrays((x, LABELS), "shard 1"), "shard 1")
 
 
 def test_cache_holds_several_inputs_as_copies() -> None:
-    cache = ShardCache([(GOOD, LABELS)], RecordRules.of(GOOD, 2))
+    cache = ShardCache([(GOOD, LABELS)], RecordRules.of(GOOD, outputs=(2,)))
     shard = cache[0]
     assert isinstance(shard.x, dict)
     assert {name: leaf.dtype for name, leaf in shard.x.items()} == {"ids": torch.int64, "mask": torch.bool}

@@ -8,7 +8,12 @@ import scipy.linalg
 
 from fedray.config.settings import RunConfig
 from fedray.data import toy
-from fedray.data.source import from_config
+from fedray.data.source import Federation, load, wanted_of
+from fedray.tasks.classification import Classification
+
+
+def _toy(config: RunConfig, key: bytes) -> Federation:
+    return load("toy", wanted_of(config, Classification(), key))
 
 
 def test_hadamard_is_sylvesters() -> None:
@@ -50,7 +55,7 @@ def test_shards_are_the_same_every_time() -> None:
 
 
 def test_shards_do_not_depend_on_the_seed() -> None:
-    one, other = (from_config(RunConfig().resolve(seed=seed), bytes([seed]) * 32) for seed in (0, 1))
+    one, other = (_toy(RunConfig().resolve(seed=seed), bytes([seed]) * 32) for seed in (0, 1))
     assert np.array_equal(one.shards[5][0], other.shards[5][0])
     assert one.test is not None
     assert other.test is not None
@@ -75,5 +80,5 @@ def test_shards_end() -> None:
 
 
 def test_shards_default_to_4096_records() -> None:
-    assert from_config(RunConfig(), bytes(32)).nominal_records == 4096
-    assert from_config(RunConfig().resolve(samples_per_gateway=100), bytes(32)).nominal_records == 100
+    assert _toy(RunConfig(), bytes(32)).nominal_records == 4096
+    assert _toy(RunConfig().resolve(samples_per_gateway=100), bytes(32)).nominal_records == 100

@@ -217,7 +217,7 @@ def run_charges(engine: str, level: str, out: Path) -> None:
         }[level]
         assert record["epsilon"].keys() == truth.keys()
         for unit, (multiplier, rate, count) in truth.items():
-            expected = independent_epsilon(multiplier, rate, count, config.delta)
+            expected = independent_epsilon(multiplier, rate, count, config.privacy.delta)
             assert abs(record["epsilon"][unit] - expected) <= 0.01 * expected, (
                 f"round {done}: epsilon per {unit} is {record['epsilon'][unit]:.4f}, truth is {expected:.4f}"
             )

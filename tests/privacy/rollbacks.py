@@ -22,7 +22,7 @@ from fedray import Orchestrator, RunConfig
 from fedray.algorithms.aggregation import GroupResult
 from fedray.errors import RunInterruptedError
 from fedray.pool.inline_pool import InlinePool
-from fedray.reports.progress import Silent
+from fedray.reports.callback import Callback, RoundDone
 from tests.privacy import checks
 from tests.privacy.worlds import data_free_run
 
@@ -31,15 +31,15 @@ Releases = dict[tuple[Any, ...], npt.NDArray[np.float64]]
 """What was released, by all that may decide it: two releases of one entry may be equal, all others share no noise."""
 
 
-class StopAfter(Silent):
+class StopAfter(Callback):
     """Ctrl-C when this many rounds are published; the next one is charged by then."""
 
     def __init__(self, rounds: int) -> None:
         self._rounds = rounds
 
-    def round(self, record: dict[str, Any], rounds: int) -> None:
+    def on_round(self, done: RoundDone) -> None:
         """Count."""
-        if record["round"] == self._rounds:
+        if done.record["round"] == self._rounds:
             raise KeyboardInterrupt
 
 
@@ -88,7 +88,7 @@ def _without(result: GroupResult, gateway: int) -> GroupResult:
 
 def _stop_after(done: int, **settings: Any) -> None:
     try:
-        data_free_run(NUM_PARAMS, StopAfter(done), **settings).run()
+        data_free_run(NUM_PARAMS, [StopAfter(done)], **settings).run()
     except RunInterruptedError:
         return
     raise AssertionError("the run was not cut off: the proof would prove nothing")
@@ -135,7 +135,9 @@ def each_attempt_draws_its_own_cohort(out: Path) -> None:
     settings: dict[str, Any] = {"gateways": 4000, "participation": 0.5, "noise_level": "gateway", "seed": 5}
     settings |= {"rounds": 3, "local_steps": 1, "batch_size": 1, "samples_per_gateway": 4, "out": out}
     try:
-        Orchestrator(config=RunConfig().resolve(**settings, pool="inline", device="cpu"), progress=StopAfter(2)).run()
+        Orchestrator(
+            config=RunConfig().resolve(**settings, pool="inline", device="cpu"), callbacks=[StopAfter(2)]
+        ).run()
     except RunInterruptedError:
         pass
     else:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
 from fedray.privacy.clipping import clip_factors, clip_rows
 from fedray.privacy.mechanism import aggregate
 from fedray.privacy.noise import LocalNoise, aggregate_noise
+from fedray.tasks.classification import cross_entropy
 from fedray.training.engines import new_trainer
 from tests.privacy import checks
 from tests.privacy.proofs.sensitivity import hard_shards, neighbours_differ_at_most

@@ -13,12 +13,12 @@ from torch import nn
 
 from fedray import Orchestrator, RunConfig
 from fedray.data.shards import RecordRules, Shard
-from fedray.models import calls
 from fedray.models.layout import Layout
 from fedray.pool import worker
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys, first_round_key, new_root_key, next_round_key
-from fedray.reports.progress import Silent
+from fedray.reports.callback import Callback
+from fedray.tasks.own_loss import Loss, OwnLoss
 from fedray.training import engines
 from fedray.training.trainer import LocalTraining, Release
 
@@ -118,7 +118,7 @@ def wide_model(num_params: int) -> nn.Module:
     return nn.Linear(NUM_FEATURES, num_params // (NUM_FEATURES + 1))
 
 
-def training_of(spec: PrivacySpec, loss: calls.Loss = product_loss, lr: float = 0.1) -> LocalTraining:
+def training_of(spec: PrivacySpec, loss: Loss = product_loss, lr: float = 0.1) -> LocalTraining:
     """Return plain SGD, whose update is −lr times the sum of the released gradients."""
     return LocalTraining(privacy=spec, optimizer="sgd", lr=lr, loss=loss)
 
@@ -223,7 +223,7 @@ def observe_nothing(
 def worker_of(engine: str, model: nn.Module, training: LocalTraining, shards: Sequence[Shard]) -> worker.Worker:
     """Return a real worker over these shards."""
     pairs = [(shard.x.numpy(), shard.y.numpy()) for shard in shards]
-    rules = RecordRules.of(np.zeros((1, NUM_FEATURES), np.float32), None)
+    rules = RecordRules.of(np.zeros((1, NUM_FEATURES), np.float32), OwnLoss(product_loss))
     setup = worker.WorkerSetup(
         model=model, training=training, shards=pairs, rules=rules, engine=cast(engines.Engine, engine)
     )
@@ -231,7 +231,7 @@ def worker_of(engine: str, model: nn.Module, training: LocalTraining, shards: Se
 
 
 def clipped_sum(
-    model: nn.Module, loss: calls.Loss, shard: Shard, batch: Sequence[int], clip_norm: float
+    model: nn.Module, loss: Loss, shard: Shard, batch: Sequence[int], clip_norm: float
 ) -> npt.NDArray[np.float64]:
     """Return the sum of clipped gradients by plain autograd in float64, one record at a time."""
     import copy
@@ -253,7 +253,7 @@ def clipped_sum(
     return total
 
 
-def data_free_run(num_params: int, progress: Silent | None = None, **settings: Any) -> Orchestrator:
+def data_free_run(num_params: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Orchestrator:
     """Return a run of two gateways with three local steps, B = 25 and sigma·C = .7 · 20, in which data play no part."""
     shard = random_shard(2, num_outputs=num_params // (NUM_FEATURES + 1))
     fixed: dict[str, Any] = {"pool": "inline", "device": "cpu"}
@@ -271,5 +271,5 @@ def data_free_run(num_params: int, progress: Silent | None = None, **settings: A
         model=lambda: wide_model(num_params),
         loss=product_loss,
         config=RunConfig().resolve(**(fixed | settings)),
-        progress=progress,
+        callbacks=callbacks,
     )

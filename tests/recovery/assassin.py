@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fedray
-from fedray.reports.progress import Silent
+from fedray.reports.callback import Callback, End, RoundDone, Start
 
 JOB: dict[str, Any] = {
     "gateways": 4,
@@ -30,23 +30,23 @@ JOB: dict[str, Any] = {
 }
 
 
-def train(out: Path, progress: Silent | None = None, **changes: Any) -> fedray.Run:
+def train(out: Path, callbacks: Sequence[Callback] = (), **changes: Any) -> fedray.Run:
     """Run the job that is disturbed, with changes."""
     return fedray.Orchestrator(
-        config=fedray.RunConfig().resolve(**{**JOB, "out": out, **changes}), progress=progress
+        config=fedray.RunConfig().resolve(**{**JOB, "out": out, **changes}), callbacks=callbacks
     ).run()
 
 
-class Clock(Silent):
+class Clock(Callback):
     """Notes how long the rounds of a run take, the start of its actors left out."""
 
     seconds = 0.0
 
-    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+    def on_start(self, start: Start) -> None:
         """Note that the actors are ready."""
         self._began = time.monotonic()
 
-    def finish(self, sentences: Sequence[str]) -> None:
+    def on_end(self, end: End) -> None:
         """Note the end."""
         self.seconds = time.monotonic() - self._began
 
@@ -140,14 +140,14 @@ class _Opening(Clock):
     def __init__(self, assassin: Assassin) -> None:
         self._assassin = assassin
 
-    def start(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+    def on_start(self, start: Start) -> None:
         """Start the clock and the assassin."""
-        super().start(title, rows, warnings)
+        super().on_start(start)
         self._assassin.start()
 
-    def round(self, record: dict[str, Any], rounds: int) -> None:
+    def on_round(self, done: RoundDone) -> None:
         """Tell that a round is over."""
-        self._assassin.round_is_over(record["round"])
+        self._assassin.round_is_over(done.record["round"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def attack(out: Path, seed: int, span_s: float, shots: int = 1, **changes: Any) 
     opening = _Opening(assassin)
     log.addHandler(losses)
     try:
-        train(out, opening, **changes)
+        train(out, [opening], **changes)
     finally:
         log.removeHandler(losses)
         if assassin.ident is not None:

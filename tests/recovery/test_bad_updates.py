@@ -71,9 +71,9 @@ def test_gather_refuses_infinities_that_cancel() -> None:
 
 
 def test_gather_takes_values_whose_sum_overflows() -> None:
-    total, weight, arrived = gather([answer(value=3e38)], LAYOUT, CPU, 3)
-    assert np.isfinite(total).all()
-    assert (weight, arrived) == (3.0, [4, 5, 6])
+    found = gather([answer(value=3e38)], LAYOUT, CPU, 3)
+    assert np.isfinite(found.total).all()
+    assert (found.weight, found.arrived) == (3.0, [4, 5, 6])
 
 
 def test_gather_adds_stacks_and_sums_alike() -> None:
@@ -81,7 +81,7 @@ def test_gather_adds_stacks_and_sums_alike() -> None:
     updates = rng.normal(size=(3, LAYOUT.num_params)).astype(np.float32)
     stack = replace(answer(), updates=updates)
     summed = total_of(updates.astype(np.float64).sum(axis=0))
-    first, second = (gather([result], LAYOUT, CPU, 3)[0] for result in (stack, summed))
+    first, second = (gather([result], LAYOUT, CPU, 3).total for result in (stack, summed))
     assert np.allclose(first, second, rtol=1e-12, atol=1e-12)
 
 
@@ -97,12 +97,12 @@ def test_gather_adds_up_in_gateway_order_whatever_the_answers_are() -> None:
         replace(answer((2, 3)), updates=None, total=summed, weights=tuple(weights[2:4])),
         replace(answer((4, 5, 6)), updates=rows[4:], weights=tuple(weights[4:])),
     ]
-    total, weight, arrived = gather(results, LAYOUT, CPU, 3)
+    found = gather(results, LAYOUT, CPU, 3)
     expected = np.zeros(LAYOUT.num_params)
     for part in [*(rows[:2] * np.array(weights[:2])[:, None]), summed, *(rows[4:] * np.array(weights[4:])[:, None])]:
         expected += part
-    assert total.tobytes() == expected.tobytes()
-    assert (weight, arrived) == (sum(weights), list(range(7)))
+    assert found.total.tobytes() == expected.tobytes()
+    assert (found.weight, found.arrived) == (sum(weights), list(range(7)))
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 40])

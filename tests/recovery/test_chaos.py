@@ -24,7 +24,7 @@ from tests.zygote import launcher, python
 @pytest.fixture(scope="module")
 def undisturbed(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path, clock = tmp_path_factory.mktemp("chaos") / "whole", Clock()
-    train(path, clock)
+    train(path, [clock])
     return {"outcome": outcome(path), "seconds": clock.seconds}
 
 

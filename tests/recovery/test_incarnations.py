@@ -13,7 +13,7 @@ from scipy import stats
 
 from fedray.errors import RunInterruptedError
 from fedray.orchestrator.session import Session
-from fedray.reports.progress import Silent
+from fedray.reports.callback import Callback, RoundDone
 from tests.privacy.checks import ALPHA
 from tests.privacy.worlds import data_free_run
 
@@ -21,10 +21,10 @@ NUM_PARAMS, ROUNDS = 3000, 4
 Params = dict[int, Any]
 
 
-class _Stops(Silent):
+class _Stops(Callback):
     """Interrupts the run when its first round is shown, while the second one trains."""
 
-    def round(self, record: dict[str, Any], rounds: int) -> None:
+    def on_round(self, done: RoundDone) -> None:
         raise KeyboardInterrupt
 
 
@@ -45,7 +45,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Params:
 def _cut_off(path: Path, seen: Params, **settings: Any) -> None:
     """Leave a run with one finished round and a second one that is charged."""
     with pytest.raises(RunInterruptedError):
-        data_free_run(NUM_PARAMS, _Stops(), noise_level="sample", rounds=ROUNDS, out=path, **settings).run()
+        data_free_run(NUM_PARAMS, [_Stops()], noise_level="sample", rounds=ROUNDS, out=path, **settings).run()
     assert _charged(path) == [(1, 0), (2, 0)]
 
 

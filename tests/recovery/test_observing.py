@@ -9,7 +9,8 @@ import pytest
 
 from fedray.errors import InputError
 from fedray.pool.inline_pool import InlinePool
-from fedray.reports.tracking import NoTracker, TensorBoardTracker, new_tracker
+from fedray.reports.callback import trackers
+from fedray.reports.tensorboard import TensorBoard
 from tests.recovery.jobs import lines, resume, train
 
 
@@ -49,11 +50,13 @@ def test_tensorboard_that_is_not_installed_is_refused_before_the_start(
     assert not (disk / "run").exists()
 
 
-def test_tracker_follows_what_was_asked_for(disk: Path) -> None:
-    assert isinstance(new_tracker("none", disk), NoTracker)
-    tracker = new_tracker("tensorboard", disk)
-    assert isinstance(tracker, TensorBoardTracker)
-    tracker.close()
+def test_trackers_are_those_that_were_asked_for() -> None:
+    assert trackers("none") == []
+    assert [type(one) for one in trackers("tensorboard")] == [TensorBoard]
+    with pytest.raises(InputError, match="none stands alone"):
+        trackers("tensorboard,none")
+    with pytest.raises(InputError, match="--track is 'wandb2'; it must be none, tensorboard or module:name"):
+        trackers("wandb2")
 
 
 def test_an_undisturbed_run_logs_nothing(disk: Path, caplog: pytest.LogCaptureFixture) -> None:

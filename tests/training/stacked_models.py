@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.models.calls import cross_entropy
 from fedray.privacy.spec import NoiseLevelName, PrivacySpec
+from fedray.tasks.classification import cross_entropy
 from fedray.training.trainer import LocalTraining, Release
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedray.data.shards import Shard
-from fedray.models.calls import cross_entropy
+from fedray.tasks.classification import cross_entropy
 from fedray.training.batching import Batched
 from fedray.training.engines import traced
 from fedray.training.gateway_rules import MIXED

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
 from fedray.privacy.spec import NoiseLevelName
 from fedray.privacy.streams import RoundKeys
+from fedray.tasks.classification import cross_entropy
 from fedray.training.draws import Draws
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining

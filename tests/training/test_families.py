@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from fedray.data.inputs import Inputs, leaves, rebuilt
 from fedray.data.shards import Shard
-from fedray.models.calls import call_model, cross_entropy
+from fedray.models.calls import call_model
 from fedray.models.layout import Layout
+from fedray.tasks.classification import cross_entropy
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 from tests.privacy.worlds import Recorder, keys_of, spec_of

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fedray.data.shards import Shard
-from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
 from fedray.privacy.streams import RoundKeys
+from fedray.tasks.classification import cross_entropy
 from fedray.training import program_check
 from fedray.training.alone import AloneGradients
 from fedray.training.engines import Isolation, isolation_of, traced

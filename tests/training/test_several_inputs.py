@@ -16,9 +16,9 @@ import fedray
 from fedray.data.inputs import leaves
 from fedray.data.shards import Shard
 from fedray.errors import InputError
-from fedray.models.calls import cross_entropy
 from fedray.models.layout import Layout
 from fedray.pool.inline_pool import InlinePool
+from fedray.tasks.classification import cross_entropy
 from fedray.training.draws import Draws
 from fedray.training.engines import Engine, new_trainer
 from fedray.training.trainer import LocalTraining

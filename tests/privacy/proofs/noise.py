@@ -14,7 +14,7 @@ from fedray import Orchestrator, RunConfig
 from fedray.errors import GatewayError, RunInterruptedError
 from fedray.privacy import mechanism, noise
 from fedray.privacy.noise import LocalNoise
-from fedray.reports.progress import Silent
+from fedray.reports.callback import Callback, RoundDone
 from fedray.rundir.directory import RunDirectory
 from tests.privacy import checks
 from tests.privacy.proofs.releases import releases_are_as_declared
@@ -113,10 +113,10 @@ def stream_independence() -> None:
     checks.check_independence(np.stack(rows))
 
 
-class _Stop(Silent):
+class _Stop(Callback):
     """Ctrl-C after the first round."""
 
-    def round(self, record: dict[str, Any], rounds: int) -> None:
+    def on_round(self, done: RoundDone) -> None:
         raise KeyboardInterrupt
 
 
@@ -131,7 +131,7 @@ def resumed_noise_is_fresh(level: str, out: Path) -> None:
         return RunDirectory(out).restore().checkpoint.params.astype(np.float64)
 
     lr = 0.5 if level == "sample" else 1e-30
-    first = data_free_run(num_params, _Stop(), noise_level=level, rounds=2, lr=lr, seed=fresh(6), out=out)
+    first = data_free_run(num_params, [_Stop()], noise_level=level, rounds=2, lr=lr, seed=fresh(6), out=out)
     seen = [first.plan.layout.flatten(first.plan.model).astype(np.float64)]
     try:
         first.run()
@@ -162,8 +162,8 @@ class Fuse:
         return shard.x.numpy(), shard.y.numpy()
 
 
-class _Blow(Silent):
-    def round(self, record: dict[str, Any], rounds: int) -> None:
+class _Blow(Callback):
+    def on_round(self, done: RoundDone) -> None:
         Fuse.blown = True
 
 
@@ -173,11 +173,13 @@ def retry_has_other_noise(out: Path) -> None:
     The attempt is in every noise key ("T2 streams"), so a second attempt is other noise.
     """
 
-    def run(progress: Silent, **settings: Any) -> None:
+    def run(callback: Callback, **settings: Any) -> None:
         config = RunConfig().resolve(
             pool="inline", device="cpu", samples_per_gateway=Fuse.num_records, memory_limit=1, **settings
         )
-        Orchestrator(Fuse(), model=lambda: model_of("mlp"), loss=product_loss, config=config, progress=progress).run()
+        Orchestrator(
+            Fuse(), model=lambda: model_of("mlp"), loss=product_loss, config=config, callbacks=[callback]
+        ).run()
 
     Fuse.blown = False
     try:
@@ -186,7 +188,7 @@ def retry_has_other_noise(out: Path) -> None:
         Fuse.blown = False
     else:
         raise AssertionError("round 2 did not fail: the proof would prove nothing")
-    run(Silent(), resume=out, gateways_per_actor=1)
+    run(Callback(), resume=out, gateways_per_actor=1)
     lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert [(line["round"], line["attempt"]) for line in lines] == [(1, 0), (2, 0), (2, 1)]
     assert json.loads((out / "privacy.json").read_text())["steps"] == 3 * 2

@@ -117,8 +117,8 @@ def gateway_sensitivity(engine: str) -> None:
         keys = keys_of(9)
         layout = Layout.of(model_of("mlp"))
         results = [local.train(keys, layout.flatten(model_of("mlp")), [gateway]) for gateway in range(3)]
-        total, weight, arrived = gather(results, layout, device)
-        average = mechanism.aggregate(spec, keys, total, weight, ranges_of(arrived))
+        sums = gather(results, layout, device)
+        average = mechanism.aggregate(spec, keys, sums.total, sums.weight, ranges_of(sums.arrived))
         return average, np.concatenate([result.updates for result in results if result.updates is not None])
 
     honest, updates = released(shards)
