@@ -1,4 +1,4 @@
-"""The README's runs on real handwritten digits reach the accuracy that the README states."""
+"""The runs of docs/models.md on real handwritten digits reach the accuracy that the page states."""
 
 from __future__ import annotations
 

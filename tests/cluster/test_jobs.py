@@ -81,7 +81,7 @@ class Head:
     url: str
 
     def job(self, *arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-        """Run `ray job`, as the README does."""
+        """Run `ray job`, as docs/cluster.md does."""
         verb, *rest = arguments
         return subprocess.run(
             [RAY, "job", verb, "--address", self.url, *rest],

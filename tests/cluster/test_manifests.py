@@ -1,4 +1,4 @@
-"""The README's cluster files: their field names are the published ones, and what they start exists."""
+"""docs/cluster.md and docs/container.md: field names are the published ones, flags and what is started exist."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from fedray.commands.cli import parse
 from tests.zygote import launcher
 
 yaml = pytest.importorskip("yaml")
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
-DOCKERFILE = (Path(__file__).parent.parent.parent / "Dockerfile").read_text()
+ROOT = Path(__file__).parent.parent.parent
+CLUSTER_PAGE = (ROOT / "docs" / "cluster.md").read_text()
+CONTAINER_PAGE = (ROOT / "docs" / "container.md").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def _names(text: str) -> set[str]:
@@ -48,9 +51,14 @@ CLAIM_SPEC = {"accessModes", "resources"}
 
 
 def _section(heading: str) -> str:
-    found = re.search(rf"^### {heading}\n(.*?)(?=^##)", README, flags=re.DOTALL | re.MULTILINE)
-    assert found, f"README.md has no section {heading!r}"
+    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", CLUSTER_PAGE, flags=re.DOTALL | re.MULTILINE)
+    assert found, f"docs/cluster.md has no section {heading!r}"
     return found[1]
+
+
+def _commands(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    return [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def _yaml(heading: str) -> list[Any]:
@@ -169,12 +177,23 @@ def test_ray_start_flags_exist(cluster: Any) -> None:
         assert {f"--{name}" for name in group["rayStartParams"]} <= known
     (up,) = _yaml("Machines reached by SSH")
     commands = [*up["head_start_ray_commands"], *up["worker_start_ray_commands"]]
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    commands += [line.split(" #")[0] for block in blocks for line in block.splitlines() if line.startswith("ray start")]
+    commands += [command for command in _commands(CLUSTER_PAGE) if command.startswith("ray start")]
     assert len(commands) >= 4
     for command in commands:
         given = {word.partition("=")[0] for word in shlex.split(command) if word.startswith("--")}
         assert given <= known, command
+
+
+@pytest.mark.parametrize(
+    ("page", "start", "number"),
+    [(CLUSTER_PAGE, "python -m fedray ", 3), (CONTAINER_PAGE, r"docker run .*?fedray:\w+ ", 2)],
+    ids=["cluster", "container"],
+)
+def test_flags_of_fedray_in_commands_exist(page: str, start: str, number: int) -> None:
+    given = [match[1] for command in _commands(page) if (match := re.search(rf"{start}(.*)", command))]
+    assert len(given) >= number
+    for arguments in given:
+        parse(shlex.split(arguments))
 
 
 def test_ray_up_file_passes_rays_own_schema() -> None:
