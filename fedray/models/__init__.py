@@ -1,1 +1,1 @@
-"""Reference models, a user's own, their checks, and the layout of the flat vector."""
+"""Reference models, a user's own, their checks, and the layout of the flat vector of parameters."""

@@ -48,11 +48,11 @@ def cnn(record_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def build(name: str, record_shape: tuple[int, ...] | None, num_classes: int) -> nn.Module:
-    """Build --model (under the caller's seeded generators).
+    """Build the model that --model names (the caller seeds torch's generators).
 
     Args:
         name: mlp, cnn or module:function.
-        record_shape: Of one record of x; None when x is several inputs.
+        record_shape: Shape of one record of x; None when x is several inputs.
         num_classes: 1 + the largest label.
 
     Raises:

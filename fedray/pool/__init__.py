@@ -1,1 +1,1 @@
-"""Where gateways run: in Ray actors or in this process, under one law."""
+"""Runs gateways in Ray actors or in this process, with the same results."""

@@ -1,4 +1,4 @@
-"""Connecting to Ray, or starting it: the only module that imports it.
+"""Connects to Ray, or starts it; the only module that imports it.
 
 Starting takes seconds, most of them waiting, so the command line does it while a thread imports torch. Imports no torch
 itself.

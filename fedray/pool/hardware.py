@@ -1,4 +1,4 @@
-"""What of a process' machine and settings decides how its floating-point results are rounded; knows nothing of gateways."""
+"""Describes what decides how a process rounds its results: processor, kernels, settings. Knows nothing of gateways."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _KERNEL_CHOICES = (
 
 
 def hardware_of(device: torch.device) -> str:
-    """Return in a line what decides how this process rounds: equal lines compute equal bits from equal inputs.
+    """Return one line about all that decides how this process rounds: equal lines mean equal bits from equal inputs.
 
     Args:
-        device: Where it computes. A GPU's line names its CPU as well, which draws and averages.
+        device: Where it computes. A GPU's line names the CPU as well, which draws and averages.
     """
     parts = [_processor(), f"kernels {torch.backends.cpu.get_cpu_capability()}", _switches()]
     parts += [f"{name}={os.environ[name]}" for name in _KERNEL_CHOICES if name in os.environ]

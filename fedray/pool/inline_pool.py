@@ -1,4 +1,4 @@
-"""All gateways in this process: the same law as in Ray actors, with breakpoints and plain stack traces."""
+"""Runs all gateways in this process, with the results of Ray actors, but with breakpoints and plain stack traces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from fedray.algorithms.aggregation import GroupResult
 from fedray.pool.placement import groups_of
-from fedray.pool.pool import Inspection, PoolInfo, members
+from fedray.pool.pool import Inspection, PoolInfo, cohort_by_group
 from fedray.pool.worker import Worker, WorkerSetup, resolve_device
 from fedray.privacy.streams import RoundKeys
 
@@ -68,7 +68,7 @@ class InlinePool:
 
     def begin(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> None:
         """Remember the round; `collect` trains it, as there is but one thread."""
-        self._round = (keys, params, members(self._groups, cohort))
+        self._round = (keys, params, cohort_by_group(self._groups, cohort))
 
     def collect(self) -> list[GroupResult]:
         """See `Pool.collect`."""

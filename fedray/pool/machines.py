@@ -1,4 +1,4 @@
-"""What the machines of a Ray cluster have: free resources, versions, importable modules, a shared directory.
+"""Asks the machines of a Ray cluster for free resources, versions, importable modules and a shared directory.
 
 Knows nothing of gateways. Gets Ray from its caller.
 """
@@ -92,7 +92,7 @@ def describe(machines: Sequence[Machine]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What machines answered.
+    """What the machines of a cluster answered.
 
     Args:
         versions: Such as "Python 3.11.9", the same everywhere unless a problem says otherwise.

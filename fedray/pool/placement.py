@@ -1,4 +1,4 @@
-"""Which actor hosts which gateways, with what share of which machine: pure arithmetic.
+"""Decides which actor hosts which gateways, with what share of which machine; pure arithmetic.
 
 Shares are counted in ten-thousandths, Ray's own unit, and rounded down so that they always fit.
 """

@@ -1,4 +1,4 @@
-"""What the orchestrator asks of a pool."""
+"""What a pool, which runs gateways, must do for the orchestrator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PoolInfo:
         summary: One line for people.
         groups: Gateways of each actor.
         device: "cpu" or "cuda", the same for all actors.
-        hardware: Of each actor, what its results depend on (`Worker.hardware`); as last heard.
+        hardware: Each actor's `Worker.hardware`, which decides how its results are rounded; as last heard.
     """
 
     summary: str
@@ -33,12 +33,12 @@ class PoolInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How a pool deals with what fails.
+    """How a pool treats lost actors, late rounds and GPUs that are not free.
 
     Args:
-        max_failures: Lost actors that a run replaces.
+        max_failures: How many lost actors a run replaces.
         round_timeout_s: Seconds that a round may take.
-        drop: Leave out what failed instead of ending the run.
+        drop: Go on without gateways that failed instead of ending the run.
         placement_timeout_s: Seconds to wait for GPUs that the cluster has and somebody else holds.
     """
 
@@ -50,11 +50,11 @@ class Patience:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found where gateways would run.
+    """What a check of the machines found that would run gateways.
 
     Args:
         rows: Name and text, for people.
-        remarks: What they should know.
+        remarks: Sentences about what the user should know.
     """
 
     rows: tuple[tuple[str, str], ...] = ()
@@ -76,7 +76,7 @@ class Pool(Protocol):
         """Check every machine of a cluster: versions, free resources, the user's modules, a shared directory.
 
         Args:
-            modules: To be importable everywhere.
+            modules: Names that must be importable everywhere.
             marker: A file in the directory that should be shared; None to ask for none.
 
         Raises:
@@ -122,7 +122,7 @@ class Pool(Protocol):
         ...
 
 
-def members(groups: Sequence[range], cohort: Sequence[int]) -> list[tuple[int, list[int]]]:
+def cohort_by_group(groups: Sequence[range], cohort: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Return (group index, its gateways in the cohort) for the groups that take part; the cohort is sorted."""
     chosen = np.asarray(cohort, np.int64)
     starts = np.searchsorted(chosen, [group.start for group in groups])

@@ -1,4 +1,4 @@
-"""Ray actors: one a group of gateways, started where the placement says, called, waited for and stopped."""
+"""Starts, calls, awaits and stops Ray actors: one for each group of gateways, where the placement says."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ _FAILURE_GRACE_S = 1.0  # how long to listen for the same failure from other act
 
 
 def last_line(error: object) -> str:
+    """Return the last line of an error's message, or its type when it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def names_of(group: range) -> str:
+    """Return how messages call a group of gateways."""
     # Of the whole group: who of it takes part may be secret.
     return f"gateways {group.start}-{group.stop - 1}" if len(group) > 1 else f"gateway {group.start}"
 
@@ -102,7 +104,7 @@ class RayActors:
         self._sharing = Counter((slot.bundle, slot.node) for slot in placement.actors)
 
     def take_setup(self, setup: WorkerSetup) -> None:
-        """Put what every actor gets into the object store.
+        """Put the setup, which every actor gets, into the object store.
 
         Raises:
             InputError: It cannot be sent.
@@ -191,7 +193,7 @@ class RayActors:
         )
 
     def failure(self, error: Any, pending: Sequence[Any], purpose: str) -> FedrayError:
-        """Return what to tell of an actor that failed; `pending` are the calls of others."""
+        """Return the error to raise for an actor that failed; `pending` are the calls of other actors."""
         cause = getattr(error, "cause", None)
         if not isinstance(cause, FedrayError):
             return RunFailedError(f"an actor failed to {purpose}: {last_line(error)}")

@@ -1,4 +1,4 @@
-"""Gateways in Ray actors.
+"""Runs gateways in Ray actors.
 
 Actors are long-lived and get their setup once, from the object store. A round puts the parameters there once, calls each
 actor once, and takes results as they become ready.
@@ -21,7 +21,7 @@ from fedray.errors import InputError, RunFailedError
 from fedray.pool import connection
 from fedray.pool.machines import describe, machines_of, survey
 from fedray.pool.placement import place
-from fedray.pool.pool import Inspection, Patience, PoolInfo, members
+from fedray.pool.pool import Inspection, Patience, PoolInfo, cohort_by_group
 from fedray.pool.ray_actors import START_TIMEOUT_S, ActorLostError, RayActors, last_line, names_of
 from fedray.pool.worker import WorkerSetup
 from fedray.privacy.streams import RoundKeys
@@ -38,8 +38,8 @@ class _Round:
         keys: Of the attempt.
         params_ref: The broadcast parameters in the object store.
         groups: Gateways of each group that takes part.
-        deadline: Monotonic time at which patience ends.
-        pending: Group of each call that has not answered.
+        deadline: Monotonic time at which the round times out.
+        pending: The group of each call that has not answered.
     """
 
     keys: RoundKeys
@@ -58,7 +58,7 @@ class RayPool:
         gateways_per_actor: "auto" or a number.
         device: --device.
         address: --ray-address; None for RAY_ADDRESS if set, else a local Ray.
-        patience: How failures are dealt with.
+        patience: How failures are treated.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class RayPool:
         self._round = _Round(
             keys=keys,
             params_ref=self._ray.put(params),
-            groups=dict(members(actors.placement.groups, cohort)),
+            groups=dict(cohort_by_group(actors.placement.groups, cohort)),
             deadline=time.monotonic() + self._patience.round_timeout_s,
         )
         for index in self._round.groups:
@@ -254,7 +254,7 @@ class RayPool:
         current.pending[call] = index
 
     def _replace(self, index: int, error: Any) -> None:
-        """Start the lost group again with the same members and repeat its round, as often as patience allows.
+        """Start the lost group again with the same members and repeat its round, as often as --max-failures allows.
 
         A gateway's round is a pure function of its key and inputs, so the repetition changes nothing.
         """

@@ -1,4 +1,4 @@
-"""Many independent calls as Ray tasks, for sweeps; knows nothing of gateways."""
+"""Runs many independent calls as Ray tasks, for sweeps; knows nothing of gateways."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_tasks(
         items: What it is called with.
         address: --ray-address; None for RAY_ADDRESS if set, else a local Ray.
         done: Told each result as it becomes ready.
-        num_gpus: Of each call.
+        num_gpus: GPUs that each call takes.
 
     Raises:
         InputError: Nothing answers at the address, or a call raised it.

@@ -21,7 +21,7 @@ _BESIDE = ("name", "text", "verdict")
 
 
 def content(audit: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
-    """Return verdict, attacks, pictures and notes.
+    """Return the HTML of verdict, attacks, pictures and notes.
 
     Args:
         audit: audit.json.

@@ -31,7 +31,7 @@ class _RunFiles:
     """What the report is made of.
 
     Args:
-        name: Of the run directory.
+        name: The run directory's name.
         card: config.json.
         records: metrics.jsonl.
         privacy: privacy.json; empty when the run is unfinished.

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes. matplotlib is an extra: what needs a picture says so when it is missing."""
+"""Makes figures as PNG bytes with matplotlib, an optional extra."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A run directory: created by one rename, appended to durably, its checkpoints replaced atomically, read back with care.
+"""The files of a run: created by one rename, appended to durably, replaced atomically, and checked when read back.
 
-What does not agree with the newest good checkpoint (config, metrics, ledger, keys) is damaged, and is named.
+Config, metrics, ledger or keys that do not agree with the newest good checkpoint are damaged: errors name the file.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _SETUP_KEY, _LEDGER_HEAD, _IDENTITY = "setup.key", "ledger.json", "identity.json
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a run directory holds, checked.
+    """The state that a run goes on from, as read from its directory and checked.
 
     Args:
-        checkpoint: The newest good one.
-        setup_key: Key of everything drawn once.
+        checkpoint: The newest good checkpoint.
+        setup_key: Key of everything drawn once (partition, initial model).
         ledger: All that was charged.
         history: The metrics records up to the checkpoint's round.
         finished: Whether the run is complete.
@@ -79,9 +79,9 @@ class RunDirectory:
         """Create the directory with its config, empty ledger and metrics, and a round-0 checkpoint, by one rename.
 
         Args:
-            path: Of the directory.
+            path: Where the directory will be.
             setup_key: Kept for resuming (mode 0600).
-            state: Before the first round.
+            state: The checkpoint before the first round.
             identity: Digests of model and test data, MACs of shards, see `differences`.
 
         Raises:
@@ -90,7 +90,7 @@ class RunDirectory:
         path = path.absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(path.parent)
+            _remove_half_made(path.parent)
             building = cls(path.parent / f"{_UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
             with removed_if_killed(building.path):
                 building.path.mkdir()
@@ -100,7 +100,7 @@ class RunDirectory:
                 (building.path / "checkpoint").mkdir()
                 write(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
                 write(building.path / "checkpoint" / _IDENTITY, sealed(identity))
-                write(building.path / "checkpoint" / _LEDGER_HEAD, sealed(_note(Ledger(None))))
+                write(building.path / "checkpoint" / _LEDGER_HEAD, sealed(_length_and_head(Ledger(None))))
                 building._setup_commitment = commitment(setup_key)
                 building.save(state, Ledger(None))
                 if path.exists():
@@ -128,13 +128,13 @@ class RunDirectory:
         return locked(self.path, self.path / "checkpoint" / _SETUP_KEY)
 
     def note_ledger(self, ledger: Ledger) -> None:
-        """Remember the ledger's length and head outside of it, so that a line lost at its end is found.
+        """Note the ledger's length and head in a file of their own, so that a line lost at its end is found.
 
         In place and by one write, which a kill does not tear: a note is never shorter than the one before. It is not
         synced, as each checkpoint holds a note that is.
         """
         with (self.path / "checkpoint" / _LEDGER_HEAD).open("r+b") as file:
-            file.write(sealed(_note(ledger)))
+            file.write(sealed(_length_and_head(ledger)))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one round's line to metrics.jsonl, durably: the checkpoint that follows counts on it."""
@@ -147,7 +147,7 @@ class RunDirectory:
         self._metrics_size += len(line)
 
     def append_private(self, record: Mapping[str, Any]) -> None:
-        """Append a line to private.jsonl (mode 0600), unless it is there: what only the orchestrator may know."""
+        """Append a line that only the orchestrator may know to private.jsonl (mode 0600), unless it is there."""
         line = (json.dumps(record) + "\n").encode()
         descriptor = os.open(self.path / "private.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "a+b") as file:
@@ -165,13 +165,13 @@ class RunDirectory:
         """Write a checkpoint beside the last one, then drop those before that.
 
         Args:
-            state: After a round.
-            ledger: As it is now; it may have grown since.
+            state: The checkpoint after a round.
+            ledger: As it is now; it may have grown since the round.
         """
         description = {
             "round": state.round,
             "generation": state.generation,
-            **_note(ledger),
+            **_length_and_head(ledger),
             "arrays_sha256": arrays_digest(state.arrays),
             "metrics_size": self._metrics_size,
             "metrics_sha256": self._metrics_hash.hexdigest(),
@@ -193,7 +193,7 @@ class RunDirectory:
         """Read the newest good checkpoint.
 
         Args:
-            mend: Bring ledger, metrics and config to agree with it.
+            mend: Whether to make ledger, metrics and config agree with it.
 
         Raises:
             DamagedRunError: A file is missing or damaged beyond what the last two checkpoints can make good.
@@ -259,7 +259,7 @@ class RunDirectory:
         replace(self.path / "model.safetensors", save_tensors(tensors))
 
     def forget_keys(self) -> None:
-        """Leave one checkpoint, without its round key: what was drawn can no longer be drawn again."""
+        """Delete all checkpoints but the newest, and its round key: what was drawn can no longer be drawn again."""
         root = self.path / "checkpoint"
         newest = checkpoints_in(root)[-1]
         for other in root.glob("*.safetensors"):  # hidden ones too, which a crash left unfinished
@@ -270,7 +270,7 @@ class RunDirectory:
             write_checkpoint(newest, arrays, {DESCRIPTION: texts[DESCRIPTION]})
 
     def reopen(self) -> None:
-        """Drop what only a finished run holds, because more rounds follow."""
+        """Remove the files that only a finished run has, because more rounds follow."""
         for name in ("manifest.json", "privacy.json", "model.safetensors"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -321,12 +321,12 @@ def _read_key(path: Path, expected: str | None) -> bytes:
     return key_of(text, expected, path)
 
 
-def _note(ledger: Ledger) -> dict[str, Any]:
+def _length_and_head(ledger: Ledger) -> dict[str, Any]:
     return {"length": len(ledger), "head": ledger.head}
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what a process that was killed together with its watcher left of a directory that it was creating."""
+def _remove_half_made(parent: Path) -> None:
+    """Remove half-made run directories that killed processes left, when their watchers were killed too."""
     for left in parent.glob(f"{_UNFINISHED}*-*"):
         pid = left.name.removeprefix(_UNFINISHED).partition("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():

@@ -1,4 +1,4 @@
-"""How bytes reach the disk, and whether they are still the same; nothing of what they mean."""
+"""Writes files durably and finds changed bytes; knows nothing of what they mean."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
+    """Return a mapping as one line of JSON and a line with its SHA-256."""
     body = json.dumps(value, allow_nan=False)
     return (body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode()
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
+    """Return the mapping that `sealed` wrote; raise ValueError when its checksum does not fit."""
     body, seal, *rest = data.split(b"\n")
     if rest != [b""] or hashlib.sha256(body).hexdigest().encode() != seal:
         raise ValueError("its checksum does not fit")
@@ -26,10 +28,12 @@ def unsealed(data: bytes) -> dict[str, Any]:
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
+    """Return a mapping as indented JSON."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def bytes_of(path: Path) -> bytes | None:
+    """Return a file's content; None when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -56,6 +60,7 @@ def removed_if_killed(folder: Path) -> Iterator[None]:
 
 
 def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file and sync it to the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
@@ -64,6 +69,7 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file atomically and durably: after a crash it has the old content or the new one."""
     building = path.with_name(f".{path.name}")
     write(building, data, mode)
     building.replace(path)
@@ -71,6 +77,7 @@ def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def sync_directory(path: Path) -> None:
+    """Sync a directory's list of files to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a run's ledger charged, line by line: read without changing it, counted without the code that wrote it."""
+"""Reads a run's ledger without changing it and counts its charges without the code that wrote it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedray.rundir.evidence import RunSettings, UntrueError, checkpoint_texts, c
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The ledger, line by line.
+    """What a ledger charged, line by line.
 
     Args:
         rounds: The round of each charge.

@@ -1,4 +1,4 @@
-"""Whether a run directory tells the truth: epsilon from ledger and config alone, and every file against the others.
+"""Checks a run directory: recomputes epsilon from ledger and config alone, and compares every file with the others.
 
 Counts the ledger's charges on its own and reads files without changing them. It finds damage and inconsistency; against
 somebody who recomputes everything only the run digest helps, kept away from the run directory.
@@ -25,7 +25,7 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
         subject: The file, or "run digest".
@@ -40,10 +40,10 @@ class Finding:
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What was found in a run directory, in the order in which it was looked at.
+    """The results of all checks of a run directory, in order.
 
     Args:
-        findings: One entry a question.
+        findings: One entry a check.
         finished: Whether the run ended; an unfinished one has no model and no privacy.json to verify.
         charges: What the ledger charged to the most charged gateway; None when it cannot be read.
         guarantees: What holds after these charges, recomputed.
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is off."""
+        """Whether all checks passed."""
         return all(finding.holds for finding in self.findings)
 
     def add(self, subject: str, holds: bool, text: str) -> None:
@@ -66,7 +66,7 @@ class Verdict:
         self.findings.append(Finding(subject=subject, holds=holds, text=text))
 
     def read(self, subject: str, part: Callable[[], _Part], text: Callable[[_Part], str]) -> _Part | None:
-        """Read a part of the run, note how that went, and return the part; None when something is off with it."""
+        """Read a part of the run, note the result, and return the part; None when the check failed."""
         try:
             found = part()
         except UntrueError as reason:

@@ -1,9 +1,9 @@
-"""A program for one record as a function of many: operation by operation, each by a rule that keeps records apart.
+"""Runs a program that was traced on one record on many records at once, without mixing them.
 
-A value that depends on the record gets a dimension in front, of as many records as there are (n); one that depends on a
-gateway's parameters alone gets a dimension of gateways (m); what depends on constants stays as it is. Records lie gateway
-after gateway, b each, so n = m·b. Each rule says how its operation runs with that dimension; an operation without a rule runs
-once for each record. That rules keep records apart is tested for each of them against single records.
+Each operation runs by a rule that keeps records apart. A value that depends on the record gets a leading dimension of
+all n records; one that depends on a gateway's parameters alone, one of the m gateways; constants stay as they are.
+Records lie gateway after gateway, b each, so n = m·b. An operation without a rule runs once for each record. Tests
+compare every rule with single records.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Params = Literal["shared", "gateways", "records"]
 
 
 class Batched:
-    """A program that runs on any number of records at once.
+    """Runs a program for one record on any number of records at once.
 
     `run(params, constants, draws, inputs, target, n, m, b)` returns the values `wanted`. `most_values` is how many values a
     record holds at once, at most.
 
     Args:
-        program: For one record.
-        params: Whether parameters are the same for all records, or have a dimension of gateways or of records in front.
+        program: What one record's gradient takes.
+        params: Whether parameters are the same for all records, or have a leading dimension of gateways or of records.
     """
 
     def __init__(self, program: Program, params: Params = "shared") -> None:
@@ -60,7 +60,7 @@ class Batched:
         self.run: Run = self._names["run"]
 
     def expanded(self, values: Mapping[int, torch.Tensor], index: int, m: int, b: int) -> torch.Tensor:
-        """Return a value with the records' dimension in front, repeated where it has none: `[n, …]`."""
+        """Return a value with a leading dimension of records, repeated where it has none: `[n, …]`."""
         value = values[index]
         if index in self.of_records:
             return value

@@ -1,6 +1,6 @@
-"""Models that are a plain sequence of stacked layers and activations: they run without autograd.
+"""Runs models that are a plain sequence of stacked layers and activations without autograd.
 
-With few gateways a step costs what its calls cost, and autograd's are a quarter of them.
+With few gateways a step's time goes into its calls, and a quarter of those would be autograd's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fedray.training.layers.layer import StackedLayer, Unsupported
 
 
 class Part(Protocol):
-    """One step of the sequence."""
+    """One layer or activation of the sequence."""
 
     def grouped_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output `[G, B, …]` for the input `[G, B, …]`, and keep what the gradient will need."""
+        """Return the output `[G, B, …]` for the input `[G, B, …]`, and keep what the part's gradient will need."""
         ...
 
     def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
@@ -72,7 +72,7 @@ class _Tanh:
 
 
 class Chain:
-    """A sequence of parts, with autograd's results bit for bit.
+    """A sequence of layers and activations that gives autograd's outputs and gradients bit for bit.
 
     Args:
         parts: In order.
@@ -85,10 +85,10 @@ class Chain:
 
     @classmethod
     def of(cls, module: nn.Module) -> Chain:
-        """Return the chain that a stacked model is.
+        """Return a stacked model as a chain.
 
         Raises:
-            Unsupported: It is none; says which part is not proven.
+            Unsupported: The model is no such sequence; the message names the part that is not proven.
         """
         parts: list[Part] = []
         if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch lacks the annotation
@@ -103,7 +103,7 @@ class Chain:
         return x
 
     def differentiate(self, gradient: torch.Tensor) -> None:
-        """Take the gradient at the outputs `[G, B, …]` back through all parts; layers keep what theirs is made of."""
+        """Propagate the gradient at the outputs `[G, B, …]` back; layers keep what their own gradients need."""
         e: torch.Tensor | None = gradient
         for part, input_needed in self._back:
             assert e is not None, "only what has no layers before it has no input gradient"
@@ -113,8 +113,8 @@ class Chain:
 def cross_entropy_gradient(output: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the gradient of sum(weights · losses) at outputs `[G, B, K]`: softmax minus the target.
 
-    By torch's log_softmax, which is slow on few classes, and its backward pass it takes three times as long; with classes
-    first, which would be quick, rounding depends on a record's place in the batch.
+    torch's own log_softmax is slow on few classes: with its backward pass it takes three times as long. With classes
+    first it would be quick, but rounding would depend on a record's place in the batch.
     """
     found = (output - output.amax(2, keepdim=True)).exp_()
     found *= (weights / found.sum(2)).unsqueeze(2)
@@ -122,8 +122,8 @@ def cross_entropy_gradient(output: torch.Tensor, y: torch.Tensor, weights: torch
     return found
 
 
-def altered(module: nn.Module) -> bool:
-    """Tell whether a module does more when it is called than its class says: by hooks, or methods of its own."""
+def is_customised(module: nn.Module) -> bool:
+    """Tell whether hooks or replaced methods make a module do more than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
 
@@ -131,7 +131,7 @@ def altered(module: nn.Module) -> bool:
 def _collect(module: nn.Module | None, name: str, parts: list[Part]) -> None:
     """Add a module's parts, or raise Unsupported."""
     label = f"{name or 'the model'} ({type(module).__name__})"
-    if module is None or altered(module):
+    if module is None or is_customised(module):
         raise Unsupported(f"{label} has hooks or a forward of its own")
     kind = type(module)
     if isinstance(module, StackedLayer):

@@ -1,4 +1,4 @@
-"""From a traced graph to a program's plain data: without what does nothing, and with constants computed beforehand."""
+"""Turns a traced graph into a `Program`: drops operations without effect and computes constants beforehand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 
 from fedray.training.program import Draw, Instruction, Program, Site, Spec, Untraceable, Value
-from fedray.training.refusals import root_of, stateful
+from fedray.training.refusals import reason_against_state, root_of
 from fedray.training.traced_code import TracedCode, attribute_of
 
 IDENTITIES = frozenset(
@@ -50,13 +50,13 @@ _LARGEST_FOLDED = 2**22  # values of a constant that is computed beforehand
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the outputs of a joint graph are.
+class JointOutputs:
+    """What each output of a joint graph (forward and backward pass in one) is.
 
     Args:
         raw: Trainable parameters whose gradients come first.
-        sites: Of each site: its kind, parameter, padding and number of uses; then come all a, then all e.
-        draws: What the forward pass draws.
+        sites: Kind, parameter, padding and number of uses of each `Site`; all inputs a come next, then all gradients e.
+        draws: Random numbers that the forward pass draws.
     """
 
     raw: list[int]
@@ -64,13 +64,13 @@ class Wanted:
     draws: list[Draw]
 
 
-def compiled(code: TracedCode, joint: fx.GraphModule, wanted: Wanted) -> Program:
-    """Turn a joint graph into plain data, without what does nothing, and with constants computed beforehand."""
+def compiled(code: TracedCode, joint: fx.GraphModule, wanted: JointOutputs) -> Program:
+    """Return a joint graph as a `Program`, without idle operations and with constants computed beforehand."""
     return _Compiler(code, joint, wanted).program()
 
 
 class _Compiler:
-    def __init__(self, code: TracedCode, joint: fx.GraphModule, wanted: Wanted) -> None:
+    def __init__(self, code: TracedCode, joint: fx.GraphModule, wanted: JointOutputs) -> None:
         joint.graph.eliminate_dead_code()
         self._joint, self._wanted = joint, wanted
         self._num_params, num_held = len(code.params), len(code.held)
@@ -133,7 +133,7 @@ class _Compiler:
             root = self._of(root_of(node.args[0])) if node.args else None
             if root in self._inputs:
                 raise Untraceable("its code changes its input or target in place; work on a copy (x.clone())")
-            raise Untraceable(stateful(["a tensor that it holds"]))
+            raise Untraceable(reason_against_state(["a tensor that it holds"]))
 
     def program(self) -> Program:
         """Return the program."""

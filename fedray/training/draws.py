@@ -1,6 +1,6 @@
-"""What a group of gateways draws in a round: its batches and its noise, a function of the round's keys and the shards.
+"""Draws a group of gateways' batches and noise in a round, from the round's keys and the shards alone.
 
-Nothing of it depends on the parameters, so an actor can draw for the round that follows while it waits for it.
+Neither depends on the parameters, so an actor can draw for the next round while it waits for that round to start.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Batch:
         mask: `[G, B]`, 1 for a record and 0 for padding.
         sizes: `[G]`, records in each gateway's batch.
         drawn: Each gateway's record indices, in this step and others.
-        starts: `[G]`, where this step's begin.
+        starts: `[G]`, where this step's indices begin in `drawn`.
     """
 
     x: Inputs
@@ -50,14 +50,14 @@ class Batch:
 
 
 class Draws:
-    """Batches and noise of a group in one round.
+    """The batches and noise of a group of gateways in one round.
 
     Args:
         privacy: The public constants.
         device: Where batches and noise are needed.
         keys: The round's key and attempt.
         gateways: Ids.
-        shards: Of these gateways.
+        shards: These gateways' records.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Draws:
         return Draws(self._privacy, self._device, keys.following(), gateways, self.shards)
 
     def draw_ahead(self, memory: torch.Tensor, stop: Event) -> None:
-        """Draw what will be asked for first, until `stop` is set; what is missing then is drawn when it is asked for.
+        """Draw what the round will ask for first, until `stop` is set; the rest is drawn when it is asked for.
 
         Args:
             memory: `[S, G, P]`, for the noise of the first S steps; it must stay untouched until the round is done.
-            stop: Looked at between steps.
+            stop: Checked between steps.
         """
         self._batches = itertools.chain([*itertools.islice(self._batches, 1)], self._batches)
         for step, out in enumerate(memory):
@@ -101,11 +101,11 @@ class Draws:
             self._ahead.append(out)
 
     def batches(self) -> Iterator[Batch]:
-        """Return the batches of all steps; they can be had once."""
+        """Return the batches of all steps; may be called once."""
         return self._batches
 
     def noise(self, step: int, memory: torch.Tensor) -> torch.Tensor:
-        """Return the step's noise `[G, P]`, in `memory` unless it was drawn ahead; it can be had once, to be overwritten."""
+        """Return a step's noise `[G, P]`, in `memory` unless drawn ahead; once only, as the caller overwrites it."""
         if step < len(self._ahead):
             return self._ahead[step]
         if memory.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Which trainer trains: how the isolation of records is had, and what says so."""
+"""Chooses the trainer of a model: by which means it keeps the gradients of single records apart."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Isolation = Literal["sequence", "alone"]
 
 
 def isolation_of(engine: Engine, model: nn.Module) -> Isolation:
-    """Return how an engine keeps records of a model apart."""
+    """Return how an engine keeps the records of a model apart."""
     return "alone" if engine == "alone" or reason_against(model) is not None else "sequence"
 
 
 def traced(isolation: Isolation, model: nn.Module, loss: Loss, shard: Shard) -> Program | None:
-    """Return the program that the user's code is traced to; None where none of it runs.
+    """Trace the user's code on one record and return its program; None when training runs none of the user's code.
 
     Args:
-        isolation: "alone": the program of model and loss; "sequence": of the loss, None for the default one.
+        isolation: "alone" traces model and loss; "sequence" the loss alone, and nothing when it is the default one.
         model: Copied.
         loss: Maps (output, target) to one value a record.
         shard: Gives shapes and types of a record.
@@ -89,9 +89,9 @@ def new_trainer(
         engine: "stacked" is the fast trainer, in the way that suits the model; "sequence" and "alone" ask for one of them.
         model: Copied.
         training: How gateways train.
-        device: Where.
+        device: Where it trains.
         memory_limit: Bytes that a group's matrices and activations may take.
-        program: What `traced` gives; None to trace when the first shard is there.
+        program: The result of `traced`; None to trace when the first shard is there.
     """
     if engine == "opacus":
         from fedray.training.reference import (

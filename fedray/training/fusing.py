@@ -1,4 +1,4 @@
-"""Formulas that models write out and torch has as one operation: a third of the calls and of the memory that they pass over."""
+"""Replaces formulas that models write out by torch's one operation: a third of the calls and of the memory traffic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GELUS: list[Formula] = [
 
 
 def fuse(forward: fx.GraphModule) -> None:
-    """Replace formulas in a first pass' graph by the operations that they are, to within float32's rounding."""
+    """Replace formulas in a traced forward pass by the single operations that equal them within float32's rounding."""
     targets = {str(node.target) for node in forward.graph.nodes}
     if "aten.tanh.default" in targets:
         replacement = _graph(lambda x: torch.nn.functional.gelu(x, approximate="tanh"))

@@ -1,4 +1,4 @@
-"""How single operations run on records and the parameters of their own gateways; see `fedray.training.batching`."""
+"""Rules for operations on records and the parameters of their own gateways; see `fedray.training.batching`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fedray.training.rules.matrices import same_for_rows
 
 
 class MixedCall(Call):
-    """A call with arguments of records `[n, …]` and of gateways `[m, …]`.
+    """The call of an operation on values of records `[n, …]` and of gateways `[m, …]`.
 
     Args:
         instruction: The operation.
         of_records: Values of records.
         of_gateways: Values of gateways.
-        specs: Of single values.
-        bound: Gives an operator's name in the source.
+        specs: Shape and type of each value, for one record.
+        bound: Returns the name of an operator in the generated source.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MixedCall(Call):
         self._of_gateways = of_gateways
 
     def is_of_gateways(self, argument: Any) -> bool:
-        """Tell whether an argument has gateways in front."""
+        """Tell whether an argument has a leading dimension of gateways."""
         return isinstance(argument, Value) and argument.index in self._of_gateways
 
     def many(self, argument: Any) -> str:
@@ -47,7 +47,7 @@ class MixedCall(Call):
         return f"{written(argument)}.unsqueeze(1).expand(m, b{shape}).flatten(0, 1)"
 
     def aligned(self, argument: Any, rank: int) -> str:
-        """Return an argument so that it broadcasts against `[m, b, …]` of that many further dimensions."""
+        """Return an argument in a shape that broadcasts against `[m, b, …]` with `rank` further dimensions."""
         if not isinstance(argument, Value):
             return written(argument)
         shape = self.of(argument).shape

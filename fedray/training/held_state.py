@@ -1,8 +1,8 @@
-"""What a user's model and loss hold besides parameters, by name: to find out what their code changes while it runs, and what
-is not the same when a run goes on.
+"""Lists what a user's model and loss hold besides parameters, to name what their code changes or a resume differs in.
 
-A model that remembers (a counter, a running mean, a closure's list) would let one record speak in another's pass. Programs
-do not remember, so nothing could leak; but they would not do what the code says either, hence such code is refused by name.
+A model that remembers (a counter, a running mean, a closure's list) would let one record influence another's pass.
+Traced programs do not remember, so nothing could leak; but they would not compute what the code says: it is refused by
+name.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _OF_TORCH = frozenset(vars(nn.Module()))  # what every module has: parameters, h
 
 
 def held_state(model: nn.Module, loss: Loss) -> dict[str, Any]:
-    """Return a description of everything that the code holds, by what errors call it; equal as long as nothing changes.
+    """Return a description of all that model and loss hold, by its name in errors; equal as long as nothing changes.
 
-    Looked at are buffers, plain attributes of modules and of the loss, closures, default arguments and module globals that
+    It covers buffers, plain attributes of modules and of the loss, closures, default arguments and module globals that
     the code names, and the states of random number generators outside of torch.
 
     Args:
@@ -45,10 +45,10 @@ def held_state(model: nn.Module, loss: Loss) -> dict[str, Any]:
 
 
 def held_arrays(model: nn.Module, loss: Loss) -> dict[str, bytes]:
-    """Return type, shape and values of the tensors and arrays in what the code holds, by what errors call it.
+    """Return a digest of type, shape and values of the tensors and arrays that the code holds, by their name in errors.
 
-    They are the same in every process and version of Python, so that a run that goes on can tell other ones by name. What
-    keeps noise from meeting other values is the program's digest, which sees all that is computed with.
+    Digests are the same in every process and version of Python, so that a resumed run can name what changed. What keeps
+    noise from being reused with other values is the program's digest, which covers all that is computed with.
 
     Args:
         model: Of the user; its parameters are left out.
@@ -80,7 +80,7 @@ def _held(model: nn.Module, loss: Loss) -> Iterator[tuple[str, Any]]:
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return the names of what is not what it was."""
+    """Return the names of what differs."""
     return [name for name in {**before, **after} if before.get(name, _NOTHING) != after.get(name, _NOTHING)]
 
 

@@ -1,4 +1,4 @@
-"""Which trainable parameters are used in matrix products or embeddings alone, so that their gradients need not be made."""
+"""Finds parameters that only matrix products or embeddings use: their per-record gradients need not be stored."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ RECURRENT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
-    """How all uses of a parameter give its gradient; see `fedray.training.program.Site`.
+class ParameterUse:
+    """How a parameter's gradient follows from its uses; see `fedray.training.program.Site`.
 
     Args:
         kind: See there.
@@ -40,7 +40,7 @@ class Use:
     padding: int | None = None
 
 
-def turned(node: fx.Node) -> bool:
+def is_transposed(node: fx.Node) -> bool:
     """Tell whether a node is its two-dimensional input, transposed."""
     value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
     if node.target not in _TURNS or not isinstance(value, torch.Tensor) or value.dim() != 2:
@@ -52,7 +52,7 @@ def turned(node: fx.Node) -> bool:
     return True
 
 
-def flipped(kind: Kind) -> Kind:
+def transposed_kind(kind: Kind) -> Kind:
     """Return the kind of a weight that is used transposed."""
     return "transposed" if kind == "matrix" else "matrix"
 
@@ -73,16 +73,16 @@ def weight_place(node: fx.Node) -> tuple[int, Kind] | None:
     return place
 
 
-def uses_of(forward: fx.GraphModule, num_params: int) -> dict[int, Use]:
+def uses_of(forward: fx.GraphModule, num_params: int) -> dict[int, ParameterUse]:
     """Return the parameters all of whose uses are of one kind, by index.
 
     Args:
         forward: Graph whose first placeholders are the trainable parameters.
-        num_params: How many.
+        num_params: How many of them there are.
     """
     nodes = list(forward.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"][:num_params]
-    found: dict[int, set[Use] | None] = {index: set() for index in range(num_params)}
+    found: dict[int, set[ParameterUse] | None] = {index: set() for index in range(num_params)}
     holders: dict[fx.Node, tuple[int, bool]] = {node: (index, False) for index, node in enumerate(placeholders)}
     for node in nodes:
         if node.op != "call_function":
@@ -90,7 +90,7 @@ def uses_of(forward: fx.GraphModule, num_params: int) -> dict[int, Use]:
                 if source in holders:
                     found[holders[source][0]] = None
             continue
-        if turned(node) and node.args[0] in holders:
+        if is_transposed(node) and node.args[0] in holders:
             index, before = holders[node.args[0]]
             holders[node] = (index, not before)
             continue
@@ -103,9 +103,9 @@ def uses_of(forward: fx.GraphModule, num_params: int) -> dict[int, Use]:
     return {index: next(iter(uses)) for index, uses in found.items() if uses is not None and len(uses) == 1}
 
 
-def _uses_in(node: fx.Node, holders: dict[fx.Node, tuple[int, bool]]) -> list[tuple[int, Use | None]]:
+def _uses_in(node: fx.Node, holders: dict[fx.Node, tuple[int, bool]]) -> list[tuple[int, ParameterUse | None]]:
     """Return each parameter that a node takes and how; None for a use that needs the gradient itself."""
-    found: list[tuple[int, Use | None]] = []
+    found: list[tuple[int, ParameterUse | None]] = []
     place = weight_place(node)
     recurrent = node.target in RECURRENT
     weights = _recurrent_weights(node) if recurrent else []
@@ -113,14 +113,14 @@ def _uses_in(node: fx.Node, holders: dict[fx.Node, tuple[int, bool]]) -> list[tu
         if source not in holders:
             continue
         index, is_turned = holders[source]
-        use: Use | None = None
+        use: ParameterUse | None = None
         if place is not None and node.args[place[0]] is source and _count(node, source) == 1:
             if place[1] != "rows":
-                use = Use(kind=flipped(place[1]) if is_turned else place[1])
+                use = ParameterUse(kind=transposed_kind(place[1]) if is_turned else place[1])
             elif not is_turned:
-                use = Use(kind="rows", padding=_padding(node))
+                use = ParameterUse(kind="rows", padding=_padding(node))
         elif recurrent and source in weights and not is_turned:
-            use = Use(kind="matrix")
+            use = ParameterUse(kind="matrix")
         found.append((index, use))
     return found
 

@@ -1,4 +1,4 @@
-"""What a gateway computes for one record, as plain data: a list of torch operations, and what is to be had from them.
+"""The computation of one record's loss and gradient as plain data: a list of torch operations and the results wanted.
 
 A program is made by tracing the user's model and loss on a single record (`fedray.training.tracing`), so it holds nothing
 of the user's code: whatever that code looks at, it saw one record. It pickles, and knows nothing of batches or gateways.
@@ -73,7 +73,7 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A weight's part in a record's gradient that need not be made: from the layer's input a and output gradient e.
+    """A weight whose per-record gradient need not be stored: it follows from the layer's input a and output gradient e.
 
     Args:
         kind: "matrix": the gradient of `[out, in]` is eᵀa, for a `[S, in]` and e `[S, out]`. "transposed": that of
@@ -93,7 +93,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything that one record's gradient takes.
+    """Everything needed to compute one record's gradient.
 
     Values are numbered: trainable parameters first, in the layout's order, then constants, draws, the leaves of x, the
     leaf y, and the results of the instructions.
@@ -149,7 +149,7 @@ class Program:
         return found.hexdigest()
 
     def wanted(self) -> tuple[int, ...]:
-        """Return the indices of the values that are to be had: gradients, then each site's inputs and gradients."""
+        """Return the indices of the values to compute: gradients, then each site's inputs and gradients."""
         found = [index for index in self.gradients if index is not None]
         for site in self.sites:
             found += [*site.inputs, *site.gradients]

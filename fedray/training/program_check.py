@@ -1,4 +1,4 @@
-"""A program against the code that it was traced from, and its repetition for many records against itself, on a few records.
+"""Checks a traced program on a few records: against the user's code, and many records at once against each alone.
 
 Isolation rests on how programs are made and repeated; these checks find what that reasoning may have missed, at the shapes
 and memory layouts of the model at hand, before anything is released.
@@ -39,18 +39,18 @@ _A = torch.ops.aten
 def check_gradients(
     make: Callable[[], RecordGradients], draws: Sequence[Draw], model: nn.Module, loss: Loss, shard: Shard
 ) -> None:
-    """Check what gives a model's gradients, away from the initial parameters.
+    """Check that per-record gradients are right and independent of other records, away from the initial parameters.
 
-    They are those that autograd gives, record by record, with the same random numbers; those of records side by side are
-    those of each alone; and a record or gateway that is replaced by NaN leaves the bits of other gateways' sums as they
-    are, and their own but for rounding.
+    Each record's gradient must equal autograd's with the same random numbers; records side by side must have the
+    gradients of each alone; and a record or gateway that is replaced by NaN must leave other gateways' sums the same to
+    the bit, and the sum over its own gateway's other records but for rounding.
 
     Args:
-        make: Gives what gives gradients, on the CPU.
-        draws: Random numbers of its forward pass.
+        make: Returns new `RecordGradients` on the CPU.
+        draws: Random numbers that the model's forward pass draws.
         model: In train mode; stays unchanged.
         loss: Maps (output, target) to one value a record.
-        shard: Gives a few records.
+        shard: Its first records are used.
 
     Raises:
         Untraceable: One of these does not hold, so the code does something that a trace does not see.
@@ -85,6 +85,7 @@ class _Checked:
         self._params = torch.stack([first * (1 + 0.05 * gateway) for gateway in range(2)])
 
     def against_autograd(self, record: int) -> None:
+        """Compare a record's gradient with autograd's through the user's code."""
         x, y = self._record(record)
         params = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         draws = RecordDraws(self._draws, _KEYS, [0], _CPU).of(0, np.array([[record]]))
@@ -109,6 +110,7 @@ class _Checked:
         )
 
     def side_by_side(self) -> None:
+        """Compare the gradients of records side by side with those of each alone."""
         for gateways, batches in _GROUPS:
             together = self._sums(gateways, batches, self._params)
             for gateway, batch in zip(gateways, batches, strict=True):
@@ -121,6 +123,7 @@ class _Checked:
                 )
 
     def apart(self) -> None:
+        """Check that a record or gateway of NaN moves no other one's gradient."""
         for gateways, batches in _GROUPS:
             without, spoilt = (
                 self._sums(gateways, batches, self._params, without=1, spoilt=own) for own in (False, True)

@@ -21,10 +21,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RecordDraws:
-    """What gateways' records draw in a round.
+    """The random numbers that the records of a group of gateways draw in a round.
 
     Args:
-        draws: Of one record's forward pass, in order.
+        draws: What one record's forward pass draws, in order.
         keys: The round's key and attempt.
         gateways: Ids.
         device: Where they are needed.

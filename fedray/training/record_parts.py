@@ -1,6 +1,6 @@
-"""The parts of records' gradients, one a parameter or several: their norms, and their clipped sums, made or never made.
+"""Norms and clipped sums of per-record gradients, part by part; some are stored in full, some only as factors.
 
-Everything has gateways and their records in front, `[m, b, …]`; sums go to `[m, P]`.
+All values have leading dimensions of gateways and their records, `[m, b, …]`; sums go to `[m, P]`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fedray.privacy.clipping import factors_of_products, row_norms, selected
 
 
 class Part(Protocol):
-    """The records' gradients in some parameters."""
+    """The per-record gradients of one or several parameters."""
 
     def squared_norms(self) -> torch.Tensor:
         """Return the squared norms `[m, b]`, float64."""
@@ -29,7 +29,7 @@ class Part(Protocol):
 
 
 class Made:
-    """Gradients `[m, b, D]` of one parameter, each made in full.
+    """Gradients `[m, b, D]` of one parameter, stored in full.
 
     Args:
         gradient: See above.
@@ -70,7 +70,7 @@ class Scattered(Made):
 
 
 class Product:
-    """Gradients e aᵀ of records that use a weight once: never made.
+    """Gradients e aᵀ of a weight that each record uses once: never stored, only their factors e and a.
 
     Args:
         rows: e `[m, b, out]`.
@@ -104,7 +104,7 @@ class Product:
 
 
 class Rows:
-    """Gradients of an embedding's rows: what is added to which.
+    """Gradients of an embedding: for each token of a record, what is added to the token's row.
 
     Args:
         tokens: `[m, b, S]`, or `[S]` when all records have the same.
@@ -144,7 +144,7 @@ class Rows:
 
 
 def added_rows(tokens: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-    """Return what each token's row gets in all, at the token's first place, and zeros at its later ones.
+    """Return the sum that each token adds to its row, at the token's first place, and zeros at later ones.
 
     Tokens that occur twice in a record are added up before the norm is taken: gradients that cancel would otherwise be
     small in the norm and large in what is released.

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN layers as explicit loops over time: torch's own ones hide their weights from whoever looks on.
+"""Runs LSTM, GRU and RNN layers as explicit loops over time, so that a trace sees how their weights are used.
 
 The input's part of all time steps is one product. The gradient of a weight comes from the loop's inputs and output
 gradients, as that of any other matrix.
@@ -24,7 +24,7 @@ def run(kind: str, arguments: Sequence[Any], tapped: Sequence[int | None], tap: 
             batch_first.
         tapped: For each weight: which trainable parameter it is, if it is tapped.
         tap: Notes one use of a tapped weight.
-        dropout: Between layers.
+        dropout: Applied between layers.
 
     Raises:
         ValueError: A packed sequence, or a layer with projections.

@@ -1,4 +1,4 @@
-"""What a trace refuses, and the sentences that say so."""
+"""Refuses user code that cannot be traced faithfully, with a sentence that says why."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fedray.training.traced_code import TracedCode, attribute_of
 
 
 @contextmanager
-def watched(model: nn.Module, loss: Loss) -> Iterator[None]:
-    """Refuse code that changes what it holds while it runs."""
+def refuse_state_changes(model: nn.Module, loss: Loss) -> Iterator[None]:
+    """Refuse a model or loss that changes its own state while it runs inside the block."""
     before = held_state(model, loss)
     with warnings.catch_warnings(), mock.patch.object(torch.autocast, "__enter__", _refuse_autocast):
         warnings.simplefilter("ignore")  # remarks for developers of torch.fx
         yield
     names = changed(before, held_state(model, loss))
     if names:
-        raise Untraceable(stateful(names))
+        raise Untraceable(reason_against_state(names))
 
 
 def _refuse_autocast(_: object) -> None:
@@ -38,7 +38,8 @@ def _refuse_autocast(_: object) -> None:
     )
 
 
-def stateful(names: Sequence[str]) -> str:
+def reason_against_state(names: Sequence[str]) -> str:
+    """Return the reason against code that changes what is held under these names."""
     if any("random numbers" in name for name in names):
         return f"its code draws from {names[0]}, which cannot be keyed; draw by torch"
     return (
@@ -61,13 +62,13 @@ def refuse_writes(graph: fx.GraphModule, code: TracedCode) -> None:
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             root = root_of(given)
             if root in names:
-                raise Untraceable(stateful([names[root]]))
+                raise Untraceable(reason_against_state([names[root]]))
             if isinstance(root, fx.Node) and root.op == "get_attr":
-                raise Untraceable(stateful(["a tensor that it holds"]))
+                raise Untraceable(reason_against_state(["a tensor that it holds"]))
 
 
 def root_of(node: Any) -> Any:
-    """Return what a view is a view of."""
+    """Return the node that a view shows, through any number of views."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target is operator.getitem:
             node = node.args[0]
@@ -80,7 +81,7 @@ def root_of(node: Any) -> Any:
 
 
 def refuse_unseen(graph: fx.GraphModule) -> None:
-    """Refuse values without a past, such as a gradient that was taken inside of the forward pass."""
+    """Refuse values whose origin the trace did not see, such as a gradient taken inside of the forward pass."""
     if any(node.op == "get_attr" and is_fake(attribute_of(graph, str(node.target))) for node in graph.graph.nodes):
         raise RuntimeError(
             "it holds values that the trace did not see being made (a gradient inside of its forward pass?)"
@@ -88,6 +89,7 @@ def refuse_unseen(graph: fx.GraphModule) -> None:
 
 
 def reason_of(error: Exception) -> str:
+    """Return why a trace failed, in words for the model's author."""
     text = str(error).strip().split("\n")[0][:300]
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, TypeError) and any(frame.filename.endswith("torch/nn/modules/rnn.py") for frame in frames):

@@ -1,4 +1,4 @@
-"""Layers by their formulas: attention, norms with their scale apart, bags of embeddings and others."""
+"""Replaces layers by formulas of simpler operations: attention, norms with a separate scale, bags of embeddings, …"""
 
 from __future__ import annotations
 

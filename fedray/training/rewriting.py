@@ -1,6 +1,7 @@
-"""The first pass of a trace run again under autograd, with weights tapped, draws keyed and layers taken apart.
+"""Runs a traced forward pass again under autograd, with some of its operations replaced.
 
-What is rewritten: products with weights and embeddings (tapped), recurrent layers (an explicit loop), and what
+Replaced are products with weights and embeddings ("tapped": their inputs and outputs are noted, so that no weight's
+gradient per record is needed), recurrent layers (by an explicit loop), and what
 `fedray.training.replacements` and `fedray.training.keyed_draws` list.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 
 from fedray.training import recurrence
-from fedray.training.parameter_uses import RECURRENT, Use, turned, weight_place
+from fedray.training.parameter_uses import RECURRENT, ParameterUse, is_transposed, weight_place
 from fedray.training.program import Draw, Untraceable
 
 ATEN = torch.ops.aten
@@ -22,12 +23,12 @@ ATEN = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """One use of a tapped weight.
+    """One use of a weight whose gradient follows from an input a and an output gradient e.
 
     Args:
         param: Which trainable parameter.
         input: a.
-        output: What its gradient e is taken of.
+        output: The value whose gradient is e.
     """
 
     param: int
@@ -36,20 +37,20 @@ class Tap:
 
 
 class Rewriter(fx.Interpreter):
-    """Runs a forward graph with replacements.
+    """Runs a forward graph with some of its operators replaced.
 
     Args:
-        forward: Whose first placeholders are the trainable parameters.
+        forward: Its first placeholders are the trainable parameters.
         uses: The parameters to tap, see `uses_of`.
         params: Trainable parameters; those that are tapped need no gradient.
         drawn: Random numbers in the order in which they are taken; None to find out what is drawn.
-        rules: What takes the place of an operator: called with the rewriter and the operator's arguments.
+        rules: The function that replaces each operator; gets the rewriter and the operator's arguments.
     """
 
     def __init__(
         self,
         forward: fx.GraphModule,
-        uses: Mapping[int, Use],
+        uses: Mapping[int, ParameterUse],
         params: Sequence[torch.Tensor],
         drawn: Sequence[torch.Tensor] | None,
         rules: Mapping[Any, Callable[..., Any]],
@@ -63,7 +64,7 @@ class Rewriter(fx.Interpreter):
         placeholders = [node for node in forward.graph.nodes if node.op == "placeholder"]
         self._tapped = {node: index for index, node in enumerate(placeholders[: len(params)]) if index in uses}
         for node in forward.graph.nodes:  # a weight that is transposed is the same weight
-            if node.op == "call_function" and turned(node) and node.args[0] in self._tapped:
+            if node.op == "call_function" and is_transposed(node) and node.args[0] in self._tapped:
                 self._tapped[node] = self._tapped[node.args[0]]
 
     def run_node(self, n: fx.Node) -> Any:

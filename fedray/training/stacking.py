@@ -1,4 +1,4 @@
-"""Turning a sequence of proven layers into one that runs many gateways at once, or saying why a model is no such sequence.
+"""Stacks a model that is a sequence of proven layers to run many gateways at once, or says why it is no such model.
 
 Nothing in such a sequence can couple records: each part is one of ours, and is applied to each record by construction.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedray.models.layout import Layout
-from fedray.training.chain import Chain, altered
+from fedray.training.chain import Chain, is_customised
 from fedray.training.layers.kinds import KINDS
 from fedray.training.layers.layer import Slot, StackedLayer, Unsupported
 
@@ -70,7 +70,7 @@ class StackedModel:
         kind = KINDS.get(type(module))
         if kind is None:
             raise Unsupported(f"{label} is not on the list of proven layers")
-        if altered(module):
+        if is_customised(module):
             raise Unsupported(f"{label} has hooks or a forward of its own")
         if any(id(p) in seen for p in own.values()):
             raise Unsupported(f"{label} shares a parameter with another layer")

@@ -17,7 +17,7 @@ from fedray.training.program import Untraceable
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """What the trace is made from: shapes and types alone, values are never looked at.
+    """A record and its target that a trace is made from: only shapes and types count, never values.
 
     Args:
         x: One record, with a batch dimension of 1.
@@ -55,6 +55,7 @@ class TracedCode:
 
 
 def attribute_of(module: nn.Module, path: str) -> Any:
+    """Return what a dotted path names in a module."""
     found: Any = module
     for word in path.split("."):
         found = getattr(found, word)

@@ -1,6 +1,6 @@
-"""From the user's model and loss to a `Program`: the code runs once, on one record without values, and what it does is noted.
+"""Traces the user's model and loss into a `Program`: runs them once, on one record without values, noting what they do.
 
-Records cannot be coupled by what follows: the code saw a single record, and its operations are all that is ever repeated.
+Nothing after this can couple records: the code saw a single record, and only its operations are ever repeated.
 Two passes are noted. The first is what the code does before autograd sees it (layers keep their names), so that weights of
 matrix products and embeddings, which need no gradient per record, can be told from others, random draws be keyed, and
 recurrent layers be taken apart. The second is that pass with autograd's backward pass behind it.
@@ -21,11 +21,11 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedray.tasks.own_loss import Loss
-from fedray.training.compiling import Wanted, compiled
+from fedray.training.compiling import JointOutputs, compiled
 from fedray.training.fusing import fuse
-from fedray.training.parameter_uses import Use, uses_of
+from fedray.training.parameter_uses import ParameterUse, uses_of
 from fedray.training.program import Program, Untraceable
-from fedray.training.refusals import reason_of, refuse_unseen, refuse_writes, watched
+from fedray.training.refusals import reason_of, refuse_state_changes, refuse_unseen, refuse_writes
 from fedray.training.replacements import REPLACEMENTS
 from fedray.training.rewriting import Rewriter, draws_of
 from fedray.training.traced_code import Example, TracedCode
@@ -36,7 +36,7 @@ class _OwnBackward(Exception):
 
 
 def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
-    """Return what a model and a loss compute for one record, with its gradient.
+    """Return the program by which a model and a loss compute one record's loss and gradient.
 
     Args:
         model: In the mode in which it trains; stays unchanged, but for what its own forward pass changes.
@@ -47,7 +47,7 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
         Untraceable: The code looks at values, has state, or uses what is not supported; says which.
     """
     code = TracedCode(model, loss, example)
-    with watched(model, loss):
+    with refuse_state_changes(model, loss):
         try:
             try:
                 with _own_backward_passes_refused():
@@ -80,7 +80,7 @@ def trace(model: nn.Module, loss: Loss, example: Example) -> Program:
 
 
 def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Program:
-    """Return how a loss changes with a model's output, for one record: a program whose one parameter is the output.
+    """Return the program of a loss and its gradient at the model's output, its one parameter, for one record.
 
     Args:
         loss: Maps (output, target) of a batch of one to its value.
@@ -100,7 +100,7 @@ def trace_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> Progra
             return self.output
 
     code = TracedCode(Output(), loss, Example(x=torch.zeros(1, 1), y=target))
-    with watched(nn.Identity(), loss):
+    with refuse_state_changes(nn.Identity(), loss):
         try:
             return compiled(code, *_joint_directly(code))
         except Untraceable:
@@ -124,8 +124,10 @@ def _forward(code: TracedCode) -> fx.GraphModule:
     return graph
 
 
-def _joint(code: TracedCode, forward: fx.GraphModule, uses: dict[int, Use]) -> tuple[fx.GraphModule, Wanted]:
-    """Return the second pass, and what its outputs are."""
+def _joint(
+    code: TracedCode, forward: fx.GraphModule, uses: dict[int, ParameterUse]
+) -> tuple[fx.GraphModule, JointOutputs]:
+    """Return the second pass and the meaning of its outputs."""
     raw = [index for index in range(len(code.params)) if index not in uses]
     draws = draws_of(forward, REPLACEMENTS)
     sizes = [len(code.params), len(code.held), len(draws), len(code.inputs)]
@@ -164,10 +166,10 @@ def _joint(code: TracedCode, forward: fx.GraphModule, uses: dict[int, Use]) -> t
     )
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
-    return graph, Wanted(raw=raw, sites=sites, draws=draws)
+    return graph, JointOutputs(raw=raw, sites=sites, draws=draws)
 
 
-def _joint_directly(code: TracedCode) -> tuple[fx.GraphModule, Wanted]:
+def _joint_directly(code: TracedCode) -> tuple[fx.GraphModule, JointOutputs]:
     """Return the second pass of code with a backward pass of its own: every gradient is made."""
     sizes = [len(code.params), len(code.held), len(code.inputs)]
 
@@ -186,7 +188,7 @@ def _joint_directly(code: TracedCode) -> tuple[fx.GraphModule, Wanted]:
                 f"it draws random numbers ({node.target}) where autograd's own pass is noted (in a loss, beside an autograd "
                 "function, a hook on a gradient or a gradient of gradients); leave one of them out"
             )
-    return graph, Wanted(raw=list(range(len(code.params))), sites=[], draws=[])
+    return graph, JointOutputs(raw=list(range(len(code.params))), sites=[], draws=[])
 
 
 def _gradients(total: torch.Tensor, targets: Sequence[torch.Tensor]) -> list[Any]:

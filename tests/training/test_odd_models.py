@@ -24,7 +24,7 @@ from fedray.training.program_check import check_gradients
 from fedray.training.record_draws import RecordDraws
 from fedray.training.rules.call import Call
 from fedray.training.rules.table import RULES
-from fedray.training.rules.values import whole
+from fedray.training.rules.values import full_reduction
 from fedray.training.trainer import LocalTraining
 from tests.privacy.worlds import keys_of, observe, spec_of
 from tests.training.coupling import class_losses
@@ -159,18 +159,18 @@ def test_layer_with_a_method_of_its_own_is_no_part_of_a_sequence(method: str) ->
 
 # Rules that couple records, or give what no record gives: whoever writes the next one is told before anything is released.
 def _centred(call: Call) -> str | None:
-    found = whole("aten.sum.dim_IntList")(call)
+    found = full_reduction("aten.sum.dim_IntList")(call)
     return None if found is None else f"(lambda r: r - r.mean(0))({found})"
 
 
 def _last_for_all(call: Call) -> str | None:
-    found = whole("aten.sum.dim_IntList")(call)
+    found = full_reduction("aten.sum.dim_IntList")(call)
     return None if found is None else f"(lambda r: r[-1:].expand_as(r))({found})"
 
 
 def _leaks_at_nan(call: Call) -> str | None:
     """Right for all ordinary values."""
-    found = whole("aten.sum.dim_IntList")(call)
+    found = full_reduction("aten.sum.dim_IntList")(call)
     return None if found is None else f"(lambda r: r + 0.0 * r.sum(0))({found})"
 
 

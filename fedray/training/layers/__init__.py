@@ -1,1 +1,1 @@
-"""Layers of many gateways at once: one file a family."""
+"""Layers that run with many gateways' weights at once: one file a family."""

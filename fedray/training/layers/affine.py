@@ -9,7 +9,7 @@ from fedray.training.layers.layer import StackedLayer, squares_of, times_factors
 
 
 def _exact_squares(values: torch.Tensor) -> torch.Tensor:
-    """Return `squares_of` of what is multiplied afterwards, where a tiny value times a huge one counts."""
+    """Return sums of squares in float64 throughout: multiplied later, a tiny one times a huge one counts."""
     norms: torch.Tensor = torch.linalg.vector_norm(values, dim=2, dtype=torch.float64)
     return norms.square_()
 

@@ -79,8 +79,8 @@ class StackedConv(Affine):
         image_out = out.reshape(n, oh, ow, -1).permute(0, 3, 1, 2)
         return image_out.squeeze(2) if self._one_dimensional else image_out
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `StackedLayer.catch`."""
+    def backpropagate(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.backpropagate`."""
         if self._one_dimensional:
             e = e.unsqueeze(2)
         oh, ow = e.shape[2:]
@@ -130,6 +130,7 @@ class StackedConv(Affine):
 def stacked_convolution(
     module: nn.Conv1d | nn.Conv2d, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]
 ) -> StackedLayer:
+    """Return the stacked layer of a convolution, or raise Unsupported."""
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding_mode {module.padding_mode!r} is not proven")
     one = isinstance(module, nn.Conv1d)

@@ -28,8 +28,8 @@ class StackedEmbedding(StackedLayer):
         out = torch.gather(weight, 1, tokens.unsqueeze(2).expand(-1, -1, weight.shape[2]))
         return out.view(*x.shape, weight.shape[2])
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `StackedLayer.catch`; token indices have no gradient."""
+    def backpropagate(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.backpropagate`; token indices have no gradient."""
         self.e = e.reshape(*self.a.shape, e.shape[-1])
         if self._padding_index is not None:
             self.e = torch.where((self.a == self._padding_index).unsqueeze(3), 0.0, self.e)
@@ -59,6 +59,7 @@ class StackedEmbedding(StackedLayer):
 def stacked_embedding(
     module: nn.Embedding, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]
 ) -> StackedLayer:
+    """Return the stacked layer of an embedding, or raise Unsupported."""
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         raise Unsupported("max_norm, scale_grad_by_freq and sparse are not proven")
     return StackedEmbedding(slots, frozen, padding_index=module.padding_idx)

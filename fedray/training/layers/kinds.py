@@ -1,4 +1,4 @@
-"""The proven list of layers; each kind is proven equal to the reference trainer by tests/training."""
+"""The kinds of layers that can be stacked; tests/training proves each equal to the reference trainer."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ KINDS: dict[type[nn.Module], Any] = {
     nn.Conv2d: stacked_convolution,
     nn.Embedding: stacked_embedding,
 }
-"""The proven list: how each kind of leaf layer is stacked. Subclasses are not on it: their forward may differ."""
+"""Each kind of leaf layer and the function that stacks it. Subclasses are not listed: their forward pass may differ."""

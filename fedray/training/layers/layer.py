@@ -34,7 +34,7 @@ class Slot:
 
     Args:
         where: Slice of the P columns.
-        shape: Of the parameter.
+        shape: The parameter's shape.
     """
 
     where: slice
@@ -86,7 +86,7 @@ class StackedLayer(nn.Module):
         return name in self.slots
 
     def targets(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return where in `out` `[G, P]` each trainable parameter lies: views, made once for a matrix."""
+        """Return each trainable parameter's view of `out` `[G, P]`; views are made once for a matrix."""
         if self._target_of is not out:
             self._target_of = out
             self._targets = {name: slot.view(out) for name, slot in self.slots.items()}
@@ -97,7 +97,7 @@ class StackedLayer(nn.Module):
         return flat.view(self._gateways, -1, *flat.shape[1:])
 
     def forget(self) -> None:
-        """Drop what the last step kept."""
+        """Drop the input and gradient that the last step kept."""
         self.a = self.e = None
 
     @property
@@ -109,7 +109,7 @@ class StackedLayer(nn.Module):
         """Return the output and keep what the gradients will need."""
         raise NotImplementedError
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+    def backpropagate(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
         """Keep the output gradient; return the input gradient when it is needed."""
         raise NotImplementedError
 
@@ -121,8 +121,8 @@ class StackedLayer(nn.Module):
         return self.grouped(out)
 
     def grouped_backward(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """Run `catch` on the gradient of such an output."""
-        found = self.catch(e.flatten(0, 1), input_needed)
+        """Run `backpropagate` on the gradient of such an output."""
+        found = self.backpropagate(e.flatten(0, 1), input_needed)
         return None if found is None else found.reshape(self._shape)
 
     def squared_norms(self) -> torch.Tensor:
@@ -130,7 +130,7 @@ class StackedLayer(nn.Module):
         raise NotImplementedError
 
     def select(self, keep: torch.Tensor) -> None:
-        """Replace what was kept of records outside `keep` `[G, B]` by zeros (a factor of 0 would leave NaN)."""
+        """Zero what was kept of records outside the mask `keep` `[G, B]` (a factor of 0 would leave NaN)."""
         self.a, self.e = (selected(part, keep) if part.is_floating_point() else part for part in (self.a, self.e))
 
     def add_sums(self, out: torch.Tensor, factors: torch.Tensor | None) -> None:
@@ -139,6 +139,7 @@ class StackedLayer(nn.Module):
 
 
 def times_factors(e: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """Return `[G, B, …]` with each record scaled by its factor `[G, B]`; unchanged for None."""
     return e if factors is None else e * factors.view(*factors.shape, *([1] * (e.dim() - 2)))
 
 

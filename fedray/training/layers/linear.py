@@ -1,4 +1,4 @@
-"""nn.Linear, and the norms and sums of models of nothing but that."""
+"""nn.Linear, with faster norms and sums for models that have no other trainable layers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class StackedLinear(Affine):
         out = self.rows_forward(a, self._columns, self._bias)
         return out.view(*x.shape[:-1], -1)
 
-    def catch(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
-        """See `StackedLayer.catch`."""
+    def backpropagate(self, e: torch.Tensor, input_needed: bool) -> torch.Tensor | None:
+        """See `StackedLayer.backpropagate`."""
         if self.a.dim() == 3:
             self.e = e.reshape(self._gateways, -1, e.shape[1])
             return torch.bmm(self.e, self._values["weight"]).flatten(0, 1) if input_needed else None
@@ -83,9 +83,9 @@ class StackedLinear(Affine):
 def quick_norms(
     layers: Sequence[StackedLayer], shape: torch.Size, clip_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return the norm of each record's gradient in all layers together, `[G, B]`, of plain Linear layers in ordinary ranges.
+    """Return the norm of each record's gradient over all layers, `[G, B]`, where all are plain Linear layers.
 
-    With e and a of a layer it is the root of the sum of |e|²(|a|² + 1), in float32 and in few calls.
+    From each layer's e and a it is the root of the sum of |e|²(|a|² + 1), in float32 and in few calls.
 
     Args:
         layers: All that the loss depends on.
@@ -93,8 +93,8 @@ def quick_norms(
         clip_norm: C.
 
     Returns:
-        None where other layers or shapes take part. Else the norms, and for which gateways `[G]` they hold, None for all:
-        where others have them, one gateway's records must not decide how another's are added up. They hold as long as
+        None where other layers or shapes take part. Else the norms, and a mask `[G]` of the gateways for which they
+        hold, None for all: one gateway's records must not decide how another's are added up. They hold as long as
         float32 loses nothing that counts. What it loses are values below 1.1e-19, whose squares it cannot hold: beside
         inputs of at most 1e8·C, and the bias' input of 1 where C is at least 1e-8, 10^8 of them are no more than 2e-7 of C.
         Every norm that holds is usable: of up to 1000 layers at most 4e17.
@@ -111,7 +111,7 @@ def quick_norms(
 
 
 def quick_sums(layers: Sequence[StackedLayer], factors: torch.Tensor) -> torch.Tensor:
-    """Return the sums over records of factor · gradient `[G, P]` of the layers that `quick_norms` is for.
+    """Return the sums over records of factor · gradient `[G, P]` for layers whose `quick_norms` hold.
 
     Args:
         layers: Whose parameters, one layer after the other, are the P columns.
@@ -126,4 +126,5 @@ def quick_sums(layers: Sequence[StackedLayer], factors: torch.Tensor) -> torch.T
 
 
 def stacked_linear(module: nn.Linear, slots: Mapping[str, Slot], frozen: Mapping[str, torch.Tensor]) -> StackedLayer:
+    """Return the stacked layer of nn.Linear."""
     return StackedLinear(slots, frozen)

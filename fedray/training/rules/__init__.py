@@ -1,1 +1,1 @@
-"""How operations on one record run on many: one file a family."""
+"""Rules by which an operation on one record runs on many at once: one file a family."""

@@ -1,4 +1,4 @@
-"""One operation's call, as the rules for many records see it."""
+"""The call of one operation, as the rules for many records see it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rule = Callable[["Call"], str | None]
 
 
 def written(argument: Any) -> str:  # noqa: PLR0911 - one return a kind
-    """Return an argument as source."""
+    """Return an argument as Python source."""
     if isinstance(argument, Value):
         return f"v{argument.index}"
     if isinstance(argument, list | tuple):
@@ -31,13 +31,13 @@ def written(argument: Any) -> str:  # noqa: PLR0911 - one return a kind
 
 
 class Call:
-    """One operation's call, as rules see it.
+    """The call of one operation, with helpers that write it for many records as Python source.
 
     Args:
         instruction: The operation.
-        batched: Values with the records' dimension in front.
-        specs: Of single values.
-        bound: Gives an operator's name in the source.
+        batched: Indices of the values that have a leading dimension of records.
+        specs: Shape and type of each value, for one record.
+        bound: Returns the name of an operator in the generated source.
         n: The name of the number of records in the source.
     """
 
@@ -59,7 +59,7 @@ class Call:
         self._batched, self._specs, self._bound = batched, specs, bound
 
     def is_batched(self, argument: Any) -> bool:
-        """Tell whether an argument, or a part of it, has records in front."""
+        """Tell whether an argument, or a part of it, has a leading dimension of records."""
         return any(index in self._batched for index in values_in(argument))
 
     def of(self, argument: Any) -> Spec:
@@ -72,35 +72,35 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The result's, for one record."""
+        """The result's shape, for one record."""
         assert self.spec is not None
         return self.spec.shape
 
     @property
     def spec_dtype(self) -> torch.dtype:
-        """The result's."""
+        """The result's type."""
         assert self.spec is not None
         return self.spec.dtype
 
     def direct(self, *args: Any, op: str | None = None, **kwargs: Any) -> str:
-        """Return the call with other arguments; strings are source."""
+        """Return the call with other arguments; strings among them are source."""
         parts = [one if isinstance(one, str) else written(one) for one in args]
         parts += [f"{key}={value if isinstance(value, str) else written(value)}" for key, value in kwargs.items()]
         return f"{self._bound(op or self.op)}({', '.join(parts)})"
 
     def many(self, argument: Any) -> str:
-        """Return an argument with records in front, repeated where it has none."""
+        """Return an argument with a leading dimension of records, repeated where it has none."""
         if self.is_batched(argument):
             return written(argument)
         shape = "".join(f", {size}" for size in self.of(argument).shape)
         return f"{written(argument)}.expand({self.n}{shape})"
 
     def packed(self, argument: Any) -> str:
-        """Return `many` in memory of its own shape, for kernels that take that for granted."""
+        """Return `many` as contiguous memory, which some kernels take for granted."""
         return f"{self.many(argument)}.contiguous()"
 
     def aligned(self, argument: Any, rank: int) -> str:
-        """Return an argument so that it broadcasts against results of that many dimensions, records in front."""
+        """Return an argument in a shape that broadcasts against results `[n, …]` of `rank` further dimensions."""
         if not isinstance(argument, Value):
             return written(argument)
         spec = self.of(argument)
@@ -128,5 +128,5 @@ class Call:
         return f"{self.many(argument)}.{'squeeze(1)' if self.of(argument).shape[0] == 1 else 'flatten(0, 1)'}"
 
     def flat(self, argument: Any) -> str:
-        """Return `merged` in memory of its own shape, for kernels that take that for granted."""
+        """Return `merged` as contiguous memory, which some kernels take for granted."""
         return f"{self.merged(argument)}.contiguous()"

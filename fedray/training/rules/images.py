@@ -12,6 +12,7 @@ from fedray.training.rules.call import Call, Rule, written
 
 
 def group_norm(call: Call) -> str | None:
+    """GroupNorm without a learnt scale or shift; records and batch become one batch."""
     x, weight, bias, number, channels, size, groups, eps = call.args
     if weight is not None or bias is not None:
         return None
@@ -22,6 +23,7 @@ def group_norm(call: Call) -> str | None:
 
 
 def group_norm_backward(call: Call) -> str | None:
+    """The input gradient of GroupNorm without a learnt scale."""
     grad, x, mean, rstd, weight, number, channels, size, groups, mask = call.args
     if weight is not None:
         return None
@@ -42,12 +44,12 @@ def group_norm_backward(call: Call) -> str | None:
 
 
 def images(call: Call, spatial: int) -> bool:
-    """Tell whether the first argument is a batch of images of one record (and not one image)."""
+    """Tell whether one record's first argument is a batch of images (and not one image)."""
     return call.rank() == spatial + 2
 
 
 def pool(spatial: int, tensors: int = 1) -> Rule:
-    """Return the rule of pooling and the like: `tensors` leading arguments are batches, results too."""
+    """Return the rule of pooling and the like: the first `tensors` arguments and the results are batches of images."""
 
     def rule(call: Call) -> str | None:
         own = call.args[:tensors]
@@ -64,7 +66,7 @@ def pool(spatial: int, tensors: int = 1) -> Rule:
 
 
 def max_pool2d(call: Call) -> str | None:
-    """Channels last: the kernel for that layout is six times as fast on a CPU."""
+    """Max pooling with channels last: the kernel for that layout is six times as fast on a CPU."""
     if not images(call, 2):
         return None
     x, *rest = call.args
@@ -73,6 +75,7 @@ def max_pool2d(call: Call) -> str | None:
 
 
 def max_pool2d_gradient(call: Call) -> str | None:
+    """The input gradient of max pooling, by `max_pool2d_backward`."""
     grad, x, *rest, indices = call.args
     if not images(call, 2) or call.rank(1) != 4:
         return None
@@ -94,6 +97,7 @@ def max_pool2d_backward(
 
 
 def convolution(call: Call) -> str | None:
+    """Convolution of all records' images as one batch; weights are the same for all."""
     x, weight, bias, *rest = call.args
     if not call.is_batched(x) or call.is_batched(weight) or call.is_batched(bias):
         return None
@@ -103,6 +107,7 @@ def convolution(call: Call) -> str | None:
 
 
 def convolution_backward(call: Call) -> str | None:
+    """The gradients of such a convolution: the input's as one batch, the weight's for each record."""
     grad, x, weight, _, *rest, mask = call.args
     if call.is_batched(weight) or call.of(x).shape[0] != 1:
         return None

@@ -6,6 +6,7 @@ from fedray.training.rules.call import Call, written
 
 
 def mm(call: Call) -> str | None:
+    """Product of two matrices; records become rows where only the first one differs between records."""
     a, b = call.args
     if call.is_batched(a) and call.is_batched(b):
         return f"torch.bmm({written(a)}, {written(b)})"
@@ -19,11 +20,12 @@ def mm(call: Call) -> str | None:
 
 
 def same_for_rows(shape: tuple[int, ...]) -> bool:
-    """Tell whether what is added to a matrix is the same in each of its rows."""
+    """Tell whether an addend of this shape is the same for each row of a matrix."""
     return len(shape) < 2 or shape[0] == 1
 
 
 def addmm(call: Call) -> str | None:
+    """Product of two matrices plus an addend, for a second matrix that is the same for all records."""
     bias, a, b = call.args
     if call.kwargs or call.is_batched(b):
         return None
@@ -41,6 +43,7 @@ def addmm(call: Call) -> str | None:
 
 
 def bmm(call: Call) -> str | None:
+    """Products of batches of matrices; records and batch become one batch."""
     a, b = call.args
     if not (call.is_batched(a) and call.is_batched(b)):
         return f"torch.matmul({written(a)}, {written(b)})"

@@ -6,6 +6,7 @@ from fedray.training.rules.call import Call, written
 
 
 def layer_norm_backward(call: Call) -> str | None:
+    """The input gradient of LayerNorm without a learnt scale or shift."""
     grad, x, shape, mean, rstd, weight, bias, mask = call.args
     if weight is not None or bias is not None:
         return None
@@ -22,6 +23,7 @@ def layer_norm_backward(call: Call) -> str | None:
 
 
 def embedding(call: Call) -> str | None:
+    """Rows of a table that is the same for all records, or the same rows of each record's own table."""
     weight, tokens, *_ = call.args
     if not call.is_batched(tokens):
         return f"{written(weight)}[:, {written(tokens)}]"
@@ -31,6 +33,7 @@ def embedding(call: Call) -> str | None:
 
 
 def embedding_backward(call: Call) -> str | None:
+    """Each record's gradient of the table: its rows' gradients added up."""
     grad, tokens, number, padding, by_frequency = call.args
     if by_frequency:
         return None
@@ -41,6 +44,7 @@ def embedding_backward(call: Call) -> str | None:
 
 
 def nll(call: Call) -> str | None:
+    """Negative log-likelihood of rows, not reduced."""
     scores, target, weight, reduction, ignored = call.args
     if reduction != 0 or call.is_batched(weight) or call.rank() != 2:
         return None
@@ -49,6 +53,7 @@ def nll(call: Call) -> str | None:
 
 
 def nll_backward(call: Call) -> str | None:
+    """The gradient of `nll` at the scores."""
     grad, scores, target, weight, reduction, ignored, _total = call.args
     if reduction != 0 or call.is_batched(weight) or call.rank(1) != 2:
         return None

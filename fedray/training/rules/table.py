@@ -1,4 +1,4 @@
-"""How single operations run with the records' dimension in front; one function a kind of operation.
+"""The rules by which operations run with a leading dimension of records, by the operation's name.
 
 A rule gets a `Call` and returns the expression that gives the result, or None where it does not cover the call.
 """
@@ -21,23 +21,23 @@ from fedray.training.rules.values import (
     copied,
     dims,
     expand,
+    full_reduction,
     gather,
     glu_backward,
     index,
     joined,
     leading,
     log_sigmoid,
+    matrix_transpose,
     one_dim,
     permute,
     reduction,
     repeat,
     reshape,
-    sized,
     softmax_backward,
     transpose,
-    turn,
     value_by_value,
-    whole,
+    view_backward,
 )
 
 _A = "aten."
@@ -89,7 +89,7 @@ RULES: dict[str, Rule] = {
     "aten.expand.default": expand,
     "aten.permute.default": permute,
     "aten.transpose.int": transpose,
-    "aten.t.default": turn,
+    "aten.t.default": matrix_transpose,
     "aten.select.int": dims(1),
     "aten.slice.Tensor": dims(1),
     "aten.split.Tensor": dims(2),
@@ -104,8 +104,8 @@ RULES: dict[str, Rule] = {
     "aten._log_softmax_backward_data.default": softmax_backward,
     "aten.cat.default": joined,
     "aten.stack.default": joined,
-    "aten.slice_backward.default": sized,
-    "aten.select_backward.default": sized,
+    "aten.slice_backward.default": view_backward,
+    "aten.select_backward.default": view_backward,
     "aten.sum.dim_IntList": reduction,
     "aten.mean.dim": reduction,
     "aten.amax.default": reduction,
@@ -118,8 +118,8 @@ RULES: dict[str, Rule] = {
     "aten.argmin.default": one_dim,
     "aten.max.dim": one_dim,
     "aten.min.dim": one_dim,
-    "aten.sum.default": whole("aten.sum.dim_IntList"),
-    "aten.mean.default": whole("aten.mean.dim"),
+    "aten.sum.default": full_reduction("aten.sum.dim_IntList"),
+    "aten.mean.default": full_reduction("aten.mean.dim"),
     "aten.mm.default": mm,
     "aten.addmm.default": addmm,
     "aten.bmm.default": bmm,

@@ -7,21 +7,24 @@ from fedray.training.rules.call import Call, Rule, written
 
 
 def later(dim: int) -> int:
+    """Return a record's dimension as counted behind the leading one."""
     return dim if dim < 0 else dim + 1
 
 
 def reshape(call: Call) -> str | None:
+    """Views and reshapes to the result's shape."""
     sizes = "".join(f", {size}" for size in call.shape)
     return f"{written(call.args[0])}.reshape({call.n}{sizes})"
 
 
 def expand(call: Call) -> str | None:
+    """Repetition of dimensions of size 1 without a copy."""
     sizes = "".join(f", {size}" for size in call.shape)
     return f"{call.aligned(call.args[0], len(call.shape))}.expand({call.n}{sizes})"
 
 
 def dims(*positions: int) -> Rule:
-    """Return the rule of operations some of whose arguments are dimensions."""
+    """Return the rule of operations whose arguments at these positions are dimensions."""
 
     def rule(call: Call) -> str | None:
         if any(call.is_batched(argument) for argument in call.args[1:]) or call.is_batched(call.kwargs):
@@ -40,7 +43,7 @@ def dims(*positions: int) -> Rule:
 
 
 def reduction(call: Call) -> str | None:
-    """Reductions over the dimensions in args[1]; all of them when there is none."""
+    """Reductions over the dimensions in args[1], or over all of them when it is empty."""
     rank = call.rank()
     dims = call.args[1]
     if dims is None or (isinstance(dims, list | tuple) and not dims):
@@ -57,14 +60,14 @@ def reduction(call: Call) -> str | None:
 
 
 def one_dim(call: Call) -> str | None:
-    """Reductions over one dimension, given as a number; without one they are left to vmap."""
+    """Reductions over one dimension, given as a number; without one they run record by record."""
     if not isinstance(call.args[1], int) or call.rank() == 0:
         return None
     return call.direct(call.args[0], later(call.args[1]), *call.args[2:], **call.kwargs)
 
 
-def whole(name: str) -> Rule:
-    """Return the rule of a reduction over everything."""
+def full_reduction(name: str) -> Rule:
+    """Return the rule of a reduction over all dimensions, by the operation `name` that takes dimensions."""
 
     def rule(call: Call) -> str | None:
         if call.rank() == 0:
@@ -75,33 +78,37 @@ def whole(name: str) -> Rule:
 
 
 def permute(call: Call) -> str | None:
+    """A new order of the dimensions."""
     rank = call.rank()
     return call.direct(call.args[0], [0, *(dim % rank + 1 for dim in call.args[1])])
 
 
 def transpose(call: Call) -> str | None:
+    """Two dimensions swapped."""
     rank = call.rank()
     return f"{written(call.args[0])}.transpose({call.args[1] % rank + 1}, {call.args[2] % rank + 1})"
 
 
-def turn(call: Call) -> str | None:
+def matrix_transpose(call: Call) -> str | None:
+    """A matrix transposed; vectors stay as they are."""
     return f"{written(call.args[0])}.transpose(-1, -2)" if call.rank() == 2 else written(call.args[0])
 
 
 def joined(call: Call) -> str | None:
+    """Tensors joined along a dimension."""
     parts = "[" + ", ".join(call.many(part) for part in call.args[0]) + "]"
     return call.direct(parts, later(call.args[1]))
 
 
-def sized(call: Call) -> str | None:
-    """Backward passes of views: a gradient, the input's sizes, a dimension and more."""
+def view_backward(call: Call) -> str | None:
+    """Backward passes of views, whose arguments are a gradient, the input's sizes, a dimension and more."""
     grad, sizes, dim, *rest = call.args
     whole = f"[{call.n}" + "".join(f", {size}" for size in sizes) + "]"
     return call.direct(grad, whole, later(dim), *rest)
 
 
 def leading(call: Call) -> str | None:
-    """Operations that take any number of dimensions in front of those they work on."""
+    """Operations that take any number of leading dimensions before those they work on."""
     first, *others = call.args
     if not call.is_batched(first):
         return None
@@ -110,7 +117,7 @@ def leading(call: Call) -> str | None:
 
 
 def value_by_value(reduction: int | None = None) -> Rule:
-    """Return the rule of operations on values of the same place, of records, their gateways or constant.
+    """Return the rule of operations on values in the same place of equally shaped tensors.
 
     Args:
         reduction: Position of the argument that says how losses are reduced; they must not be.
@@ -129,21 +136,24 @@ def value_by_value(reduction: int | None = None) -> Rule:
 
 
 def log_sigmoid(call: Call) -> str | None:
+    """Logarithm of the sigmoid, which needs contiguous memory."""
     return call.direct(call.packed(call.args[0]))
 
 
 def glu_backward(call: Call) -> str | None:
+    """The input gradient of the gated linear unit."""
     grad, x, dim = call.args
     return call.direct(call.many(grad), call.many(x), later(dim))
 
 
 def copied(call: Call) -> str | None:
-    named = {name: value for name, value in call.kwargs.items() if name != "memory_format"}  # of a record's rank
+    """Copies; a memory format is dropped, as it is one of a record's rank."""
+    named = {name: value for name, value in call.kwargs.items() if name != "memory_format"}
     return call.direct(call.args[0], **named)
 
 
 def index(call: Call) -> str | None:
-    """A constant table looked up by indices of records, in its first dimensions."""
+    """Look-ups in a table that is the same for all records, by each record's indices in its first dimensions."""
     table, indices = call.args
     if call.is_batched(table) or any(one is None for one in indices):
         return None
@@ -154,6 +164,7 @@ def index(call: Call) -> str | None:
 
 
 def gather(call: Call) -> str | None:
+    """Values picked along a dimension by indices, and the writes to such places."""
     x, dim, index, *rest = call.args
     if call.rank() == 0 or call.of(index).shape == ():
         return None
@@ -164,11 +175,13 @@ def gather(call: Call) -> str | None:
 
 
 def repeat(call: Call) -> str | None:
+    """Tensors tiled."""
     sizes = call.args[1]
     return call.direct(call.aligned(call.args[0], len(sizes)), [1, *sizes])
 
 
 def softmax_backward(call: Call) -> str | None:
+    """The input gradient of softmax and its logarithm."""
     grad, output, dim, dtype = call.args
     if call.rank() == 0:
         return None
