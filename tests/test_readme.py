@@ -76,6 +76,26 @@ def _accuracy(printed: str) -> float:
     return float(found[1])
 
 
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+WORKED = re.findall(r"```python\n# (\w+)\.py\n(.*?)```\n\n```sh\n(.*?)\n```", CONTRIBUTING, flags=re.DOTALL)
+
+
+def test_contributing_has_a_worked_example_of_each_kind() -> None:
+    flags = " ".join(command for _, _, command in WORKED)
+    assert re.findall(r"--(server-optimizer|algorithm|task|dataset|clip)\b", flags) == [
+        "server-optimizer", "algorithm", "task", "dataset", "clip",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "program", "command"), WORKED, ids=[name for name, _, _ in WORKED])
+def test_contributing_worked_examples_run(name: str, program: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text(program)
+    small = [*SMALL, "--gateways", "2"]
+    if "--dataset" in command:  # fedray cuts its shards
+        small = [one for one in small if one not in ("--samples-per-gateway", "256")]
+    _run([*_arguments(command), *small], tmp_path)
+
+
 def test_readme_first_screen_holds_both_commands() -> None:
     first = "\n".join(README.splitlines()[:24])
     assert "pip install -e . && python -m fedray --gateways 16 --noise-level sample\n" in first

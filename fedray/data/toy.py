@@ -61,7 +61,7 @@ class Toy:
             test=test,
             nominal_records=records,
             example=test,
-            num_outputs=NUM_CLASSES,
+            num_outputs=wanted.task.num_outputs([test[1]]),
             lazy=False,
             disjoint=True,
             generated=True,

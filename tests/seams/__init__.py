@@ -1,0 +1,1 @@
+"""Each seam is filled from outside the package."""
