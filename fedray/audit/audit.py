@@ -64,7 +64,7 @@ class Audit:
     Args:
         plan: Of the run that was attacked.
         findings: One an attack.
-        pictures: What an attack sees.
+        pictures: Images of what an attack sees.
         outliers: The outlier report's rows; empty when it was not asked for.
         seconds: Wall-clock time.
         notes: What the audit does and does not prove.

@@ -1,4 +1,4 @@
-"""From what an attack saw to a lower bound of what the mechanism leaks. Pure statistics; knows no mechanism.
+"""Turns what an attack saw into a lower bound of what the mechanism leaks. Pure statistics; knows no mechanism.
 
 Every bound here exceeds the truth with probability at most `alpha` when its assumptions hold, so a bound above the claim
 refutes the claim. The suite and the audit use alpha = 1e-6 an attack.
@@ -31,13 +31,13 @@ def binomial_upper(successes: int, trials: int, alpha: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How a distinguishing game ended.
+    """The outcomes of a distinguishing game: runs with and without a canary, which the attacker has to tell apart.
 
     Args:
-        hits: Runs of the world with the canary that the attacker called so.
-        with_canary: Runs of that world.
-        false_alarms: Runs of the other world that the attacker called so.
-        without_canary: Runs of the other world.
+        hits: Runs with the canary that the attacker took for such.
+        with_canary: All runs with it.
+        false_alarms: Runs without the canary that the attacker took for runs with it.
+        without_canary: All runs without it.
     """
 
     hits: int

@@ -1,4 +1,4 @@
-"""Canaries: what an attacker plants to be recognised, as gradient directions and as real records."""
+"""Makes canaries, which an attacker plants to recognise them later: gradient directions and real records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks on the orchestrator's noise (`gateway` level): T5, T7 and T8 on the real clipping, sum and aggregation.
+"""Attacks T5, T7 and T8 on the orchestrator's noise (`gateway` level), through the real clipping and aggregation.
 
 Recorded updates of real gateways stand for the rest of the sum, which the attacker knows; canary gateways answer with
 huge vectors, which the real worker clips. One noise serves a whole sum, so a repetition is one more call.
@@ -52,6 +52,7 @@ class _CanaryTrainer:
     def train(
         self, keys: RoundKeys, params: Float32Array, gateways: Sequence[int], shards: GatewayShards
     ) -> Float32Array:
+        """Return the canary gateways' rows of the given updates."""
         return self._updates[[gateway - self._first for gateway in gateways]]
 
     def draw_ahead(self, stop: Event) -> None:
@@ -59,7 +60,7 @@ class _CanaryTrainer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sum:
+class ClippedSum:
     """A sum of clipped updates as the orchestrator gathers it.
 
     Args:
@@ -86,11 +87,11 @@ class Federation:
         self.num_gateways = min(lab.plan.config.gateways, _RECORDED)
         self._recorded = self._worker.train(lab.keys("recorded"), lab.params, range(self.num_gateways))
 
-    def rest(self) -> Sum:
+    def rest(self) -> ClippedSum:
         """Return the sum of the recorded updates alone."""
         return self._gathered([self._recorded])
 
-    def with_canaries(self, updates: Float32Array) -> Sum:
+    def with_canaries(self, updates: Float32Array) -> ClippedSum:
         """Return the sum of the recorded updates and canary gateways' `[K, P]`, clipped by the real worker."""
         lab = self._lab
         worker = Worker(replace(lab.plan.setup, max_update_norm=None), lab.device)
@@ -98,16 +99,16 @@ class Federation:
         ids = range(self.num_gateways, self.num_gateways + len(updates))
         return self._gathered([self._recorded, worker.train(lab.keys("canaries"), lab.params, ids)])
 
-    def residual(self, sum_: Sum, rest: Sum, keys: RoundKeys) -> Float64Array:
+    def residual(self, sum_: ClippedSum, rest: ClippedSum, keys: RoundKeys) -> Float64Array:
         """Release a sum by the real mechanism; return what is left of it in units of C when the known rest is taken off."""
         spec = self._lab.spec
         released = mechanism.aggregate(spec, keys, sum_.total.copy(), sum_.weight, ranges_of(sum_.gateways))
         return (released * spec.expected_cohort - rest.total) / spec.clip_norm
 
-    def _gathered(self, results: Sequence[GroupResult]) -> Sum:
+    def _gathered(self, results: Sequence[GroupResult]) -> ClippedSum:
         total, weight, _ = gather(results, self._lab.plan.layout, torch.device("cpu"))
         ids = tuple(gateway for result in results for gateway in result.gateways)
-        return Sum(total=total, weight=weight, gateways=ids)
+        return ClippedSum(total=total, weight=weight, gateways=ids)
 
 
 def attack_aggregation(lab: Lab) -> list[Finding]:
@@ -197,7 +198,7 @@ def aggregate_noise(
     full = federation.rest()
     sums = [full]
     if federation.num_gateways > 1:  # the same total: what is left is noise, whoever is said to have arrived
-        sums.append(Sum(total=full.total, weight=full.weight - 1, gateways=full.gateways[:-1]))
+        sums.append(ClippedSum(total=full.total, weight=full.weight - 1, gateways=full.gateways[:-1]))
     return {
         place_of(keys, 0, number): federation.residual(sum_, full, keys)[kept].astype(np.float32)
         for keys in attempts(lab, "aggregate noise", rounds)
@@ -213,7 +214,7 @@ def _canary_gateways(lab: Lab, federation: Federation) -> Finding:
     units = rng.standard_normal((number, lab.num_params))
     units /= np.linalg.norm(units, axis=1, keepdims=True)
     everyone = federation.with_canaries((_HUGE * lab.clip_norm * units).astype(np.float32))
-    empty = Sum(total=np.zeros(lab.num_params), weight=0.0, gateways=())
+    empty = ClippedSum(total=np.zeros(lab.num_params), weight=0.0, gateways=())
     cosines = []
     for index in range(_ROUNDS_T8):
         update = federation.residual(everyone, empty, lab.keys("canary gateways", index))

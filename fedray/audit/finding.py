@@ -1,4 +1,4 @@
-"""What one attack claims to have found, as audit.json holds it."""
+"""The result of one attack, as audit.json holds it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Finding:
         adjacency: The claim's neighbouring relation.
         measure: What claim and bound are measured in: "mu", "rate", "correlation", "C" (clip norms), ….
         claim: The most that may be seen, rounding of float32 included.
-        lower_bound: What was proven at least.
+        lower_bound: The least leak that the attack proved, in the same measure.
         confidence: Of the bound; the rest is the chance of a false alarm. 1 for comparisons without chance.
         smallest_leak_caught: Factor above the claim (where the claim is 0: value of the measure) that this attack, as it is
             played here, catches with probability 0.99; None when it would catch nothing, or is a report.

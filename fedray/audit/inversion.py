@@ -1,4 +1,4 @@
-"""A picture of an attack: the record behind an update, read off the first Linear layer in closed form.
+"""Draws the record behind an update, which an attacker reads off the first Linear layer in closed form.
 
 For one record x, the layer's gradients are dW = e·xᵀ and db = e, so x = dWᵀ·db/|db|² whatever the clipping factor
 (Phong et al. 2017; Geiping et al. 2020). With noise on both, the same formula gives noise.
@@ -28,7 +28,7 @@ _TILE = 9  # pixels from one digit to the next
 
 
 def invert(update: npt.NDArray[np.float32], num_features: int, hidden: int = _HIDDEN) -> npt.NDArray[np.float64]:
-    """Return the record `[num_features]` that the first Linear layer's part of an update speaks of.
+    """Return the record `[num_features]` that the first Linear layer's part of an update gives away.
 
     Args:
         update: `[P]`, any multiple of one record's gradient; the layer's weight `[hidden, features]` comes first, then its

@@ -1,9 +1,10 @@
-"""T4 and T13: exchange one record and watch what moves: its own gateway's sum by at most the claim, nothing else at all.
+"""Attacks T4 and T13: exchange one record; its own gateway's sum may move by at most the claim, nothing else at all.
 
-No statistics: neighbouring worlds are trained with the same keys at the same parameters and compared. Worlds have batches of
-every size up to 2B that hold all records, several gateways side by side, several steps, trained and perturbed parameters;
-besides, the real shards are trained at the run's own rate. Each world is read twice, by an observer inside of the trainer and
-off the updates of a trainer that nobody observes, since that is what a run uses.
+No statistics: neighbouring worlds (versions of all shards that differ in one gateway's records) are trained with the
+same keys at the same parameters and compared. Worlds have batches of every size up to 2B that hold all records, several
+gateways side by side, several steps, trained and perturbed parameters; besides, the real shards are trained at the
+run's own rate. Each world is read twice: by an observer inside of the trainer, and off the updates of a trainer that
+nobody observes, since that is what a run uses.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ _REAL_BYTES = 2**28
 _REAL_ROUNDS = 3
 
 
-class Reading(Protocol):
-    """How the sums of a world are had."""
+class SumReader(Protocol):
+    """Trains a world and returns its clipped sums."""
 
-    def __call__(self, params: Float32Array, keys: RoundKeys, world: World) -> Seen: ...
+    def __call__(self, params: Float32Array, keys: RoundKeys, world: World) -> WorldSums: ...
 
 
 @dataclass
-class Seen:
-    """The clipped sums of one world.
+class WorldSums:
+    """The clipped sums of one world, and what else was seen of its training.
 
     Args:
-        sums: Of (gateway, step), `[P]`, in units of C.
-        noise: Digests of what was added to them, where it was seen.
+        sums: The sum `[P]` of each (gateway, step), in units of C.
+        noise: Digests of the noise added to them, where it was seen.
         batches: Record indices, where they were seen.
         gradients: What the optimizer got, where it was seen.
     """
@@ -62,7 +63,7 @@ class Seen:
 
 
 class StepReader:
-    """A step observer that keeps what a world does; in later worlds the optimizer gets the first one's gradients.
+    """A step observer that keeps a world's clipped sums; later worlds are trained with the first one's gradients.
 
     So all worlds meet the same parameters at every step, and what differs comes from their records.
 
@@ -71,8 +72,8 @@ class StepReader:
         base: The first world; None while it is read.
     """
 
-    def __init__(self, clip_norm: float, base: Seen | None) -> None:
-        self.seen = Seen()
+    def __init__(self, clip_norm: float, base: WorldSums | None) -> None:
+        self.seen = WorldSums()
         self._clip_norm = clip_norm
         self._base = base
 
@@ -127,7 +128,7 @@ def attack_isolation(lab: Lab) -> list[Finding]:
 
 
 def batch_sizes(batch_size: int) -> Iterator[int]:
-    """Yield 1 … 2B, telling ones first: the clock may end the attack before the last one."""
+    """Yield batch sizes 1 … 2B, the most telling ones first: the attack may run out of time before the last one."""
     first = [batch_size, 2 * batch_size, 2, 1, 9, 3, 17, 5]
     largest = 2 * batch_size
     order = [size for size in dict.fromkeys(first) if size <= largest]
@@ -137,7 +138,7 @@ def batch_sizes(batch_size: int) -> Iterator[int]:
 
 
 def parameter_points(lab: Lab) -> Iterator[Float32Array]:
-    """Yield trained parameters and perturbed ones, at which no parameter is zero any more."""
+    """Yield parameters to attack at: trained ones, and perturbed ones none of which is zero."""
     rng = lab.rng("perturbed")
     scales = np.zeros(lab.num_params)
     for _, _, where in lab.plan.layout.slices():
@@ -146,10 +147,10 @@ def parameter_points(lab: Lab) -> Iterator[Float32Array]:
         yield (lab.params + share * scales * rng.standard_normal(lab.num_params)).astype(np.float32)
 
 
-def _observed(lab: Lab, trainer: Trainer, gateways: int) -> Reading:
-    base: list[Seen | None] = [None]
+def _observed(lab: Lab, trainer: Trainer, gateways: int) -> SumReader:
+    base: list[WorldSums | None] = [None]
 
-    def read(params: Float32Array, keys: RoundKeys, world: World) -> Seen:
+    def read(params: Float32Array, keys: RoundKeys, world: World) -> WorldSums:
         if world.name == "base":
             base[0] = None
         reader = StepReader(lab.clip_norm, base[0])
@@ -162,16 +163,16 @@ def _observed(lab: Lab, trainer: Trainer, gateways: int) -> Reading:
     return read
 
 
-def _read_off(lab: Lab, trainer: Trainer, gateways: int, length: float) -> Reading:
-    def read(params: Float32Array, keys: RoundKeys, world: World) -> Seen:
+def _read_off(lab: Lab, trainer: Trainer, gateways: int, length: float) -> SumReader:
+    def read(params: Float32Array, keys: RoundKeys, world: World) -> WorldSums:
         updates = trainer.train(keys, params, range(gateways), world.shards)
         scale = np.float32(-lab.divisor / length / lab.clip_norm)
-        return Seen(sums={(gateway, 0): row * scale for gateway, row in enumerate(updates)})
+        return WorldSums(sums={(gateway, 0): row * scale for gateway, row in enumerate(updates)})
 
     return read
 
 
-def _draws(lab: Lab, read: Reading, gateways: int) -> bool:
+def _draws(lab: Lab, read: SumReader, gateways: int) -> bool:
     """Tell whether the model draws (Dropout): then other keys give other sums of the same full batches."""
     rng = lab.rng("draws")
     world = worlds_around(lab, [2] * gateways, 0, chosen(lab.shards[0], np.array([0])), rng, remove=False)["base"]
@@ -184,7 +185,7 @@ def _draws(lab: Lab, read: Reading, gateways: int) -> bool:
 def _compare(
     lab: Lab,
     movement: Movement,
-    read: Reading,
+    read: SumReader,
     params: Float32Array,
     keys: RoundKeys,
     worlds: Mapping[str, World],

@@ -1,4 +1,4 @@
-"""What every attack works with: the run's own trainer, shards, keys and constants, and how often it may play."""
+"""Gives every attack the run's own trainer, shards, keys and constants, and the number of runs it may play."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Effort:
     """How much an audit tries.
 
     Args:
-        runs: Repetitions a world, at most.
-        game_seconds: What one attack may take; fewer runs are played where each is slow.
-        training_seconds: What the training before the attacks may take; fewer rounds are trained where it is slow.
+        runs: The most runs that an attack plays with its canary, and again without.
+        game_seconds: Time that one attack may take; fewer runs are played where each is slow.
+        training_seconds: Time for the training before the attacks; fewer rounds are trained where it is slow.
         trials: Groups of uploads that the outlier report looks at.
     """
 

@@ -1,4 +1,4 @@
-"""T6, one-run membership at `sample` (Mahloujifar et al. 2024): the real sampler, many canaries, each in or out by a coin."""
+"""Attack T6: membership of many canaries in one run at `sample` (Mahloujifar et al. 2024), with the real sampler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _DirectionReader:
     """A step observer that puts canary directions in the place of the records that the real sampler drew.
 
     Args:
-        directions: M of them, for each gateway of its own.
+        directions: M canary directions; each gateway has canaries of its own.
         members: Of each gateway, the canaries that are in its shard, one a record.
         lab: The run under attack.
     """
@@ -68,7 +68,7 @@ class _MemberShards:
 
 
 def attack_one_run(lab: Lab) -> list[Finding]:
-    """T6 with gradient directions: steps of the run at its own rate, with the attacker reading every release."""
+    """Play T6 with gradient directions as canaries: the attacker reads every release of steps at the run's own rate."""
     each = min(lab.num_params, _PER_GATEWAY)
     gateways = max(1, min(lab.plan.config.gateways, -(-_CANARIES // each)))
     rng = lab.rng("one run")
@@ -97,7 +97,7 @@ def trade_off_of(lab: Lab, steps: int) -> TradeOff:
 
 
 def guesses_of(lab: Lab, canaries: int, steps: int) -> tuple[int, int, float | None]:
-    """Return how many guesses each way catch the smallest leak, how many of them all may be right, and that leak.
+    """Return the guesses each way that catch the smallest leak, how many in all may be right, and that leak.
 
     Fixed by the claim and the number of canaries, before anything is read.
     """

@@ -1,4 +1,4 @@
-"""What moved between neighbouring worlds, against what may move, and what that says."""
+"""Compares what moved between neighbouring worlds (versions of the shards) with what the claim allows to move."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Movement:
     """The largest movements that were seen.
 
     Args:
-        own: Of a gateway's own sum, over what the claim allows.
-        elsewhere: Of what must not move, in units of C.
+        own: The largest movement of a gateway's own sum, over what the claim allows.
+        elsewhere: How far something moved that must not, in units of C: the farthest over its tolerance.
         tolerance: Rounding that was allowed there.
-        where_own: Which world.
-        where_elsewhere: Which world, and what moved.
-        compared: How many worlds.
-        leftover: Of what moved elsewhere, over its tolerance.
+        where_own: The world of the first.
+        where_elsewhere: The world of the second, and what moved.
+        compared: How many worlds were compared.
+        leftover: That movement over its tolerance.
     """
 
     own: float = 0.0
@@ -51,13 +51,13 @@ class Movement:
         return self.own > 1 + TOLERANCE or self.leftover > 1
 
     def note_own(self, length: float, allowed: float, where: str, records: int = 0) -> None:
-        """Count a movement of a gateway's own sum of so many records, but for what rounding may add to it."""
+        """Note how far a gateway's own sum of so many records moved, less what rounding may add."""
         share = min((length - _TOLERANCE_A_RECORD * records) / allowed, LARGEST_MU)
         if share > self.own:
             self.own, self.where_own = share, where
 
     def note_elsewhere(self, length: float, tolerance: float, where: str) -> None:
-        """Count a movement of what must stay."""
+        """Note how far something moved that must not."""
         if length / tolerance > self.leftover:
             self.leftover, self.where_elsewhere = length / tolerance, where
             self.elsewhere, self.tolerance = min(length, LARGEST_MU), tolerance

@@ -84,7 +84,7 @@ class Substitutes:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The shards of all gateways in one world.
+    """One version of all gateways' shards, to compare with others that differ in one gateway's records.
 
     Args:
         shards: One a gateway.

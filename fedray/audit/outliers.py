@@ -1,4 +1,4 @@
-"""Outliers before and after noise (T9): what outlier detectors make of what an observer sees. A report, never a gate.
+"""Report T9: how well outlier detectors find an outlier in what an observer sees, before and after noise. Never a gate.
 
 One upload of a group differs from the others by a planted record (`sample`), a planted shard (`batch`) or a poisoned
 update in the sum (`gateway`). AUC is the chance that the detector ranks it above another one. By symmetry no attacker gets
@@ -38,7 +38,7 @@ _NEIGHBOURS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One detector at one noise.
+    """How well one detector finds the outlier at one noise multiplier.
 
     Args:
         what: What was looked at.

@@ -1,4 +1,4 @@
-"""The smallest leak that an attack catches with probability 0.99 as it is played, found before it is played.
+"""Computes, before an attack is played, the smallest leak that it will catch with probability 0.99.
 
 A leak is a factor above the claim: a leak of 2 means noise of half the claimed standard deviation, or twice the rate. Where
 the claim is 0 (no correlation, no distance), it is the value itself. Each function mirrors one attack: its own statistic,
@@ -32,8 +32,8 @@ def game_leak(claim: float, runs: int, false_runs: int, effect: float = 1.0, alp
 
     Args:
         claim: mu.
-        runs: With the canary.
-        false_runs: Without it.
+        runs: How many runs have the canary.
+        false_runs: How many have not.
         effect: How far the canary really moves the sum, over what the claim allows (a short gradient moves it less).
         alpha: Of the bound.
     """

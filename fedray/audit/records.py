@@ -1,4 +1,4 @@
-"""T5: a distinguishing game with real records, from the shard to the update, with nothing observed inside of the trainer.
+"""Attack T5: tells from updates alone whether a real record was in the shard; nothing inside the trainer is observed.
 
 Needs no shape of the noise: it counts how often the two worlds are told apart.
 """
@@ -32,7 +32,7 @@ class Canary:
     """What the attacker looks for.
 
     Args:
-        kind: Of the records.
+        kind: The kind of its records.
         records: What the gateway trains on in the world with the canary.
         direction: `[P]`, unit length, along which it looks.
         shift: How far the canary, honestly clipped, moves the sum along it, in units of C.

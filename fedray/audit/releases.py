@@ -1,4 +1,4 @@
-"""What a few rounds of the run release, attempts and all: batches and noise of every gateway and step, for several attacks.
+"""Collects batches and noise of every gateway, step and attempt in a few rounds of the run, for several attacks.
 
 Noise is read twice: inside of the trainer, step by step, by an observer; and off the updates of a trainer that nobody
 observes and that draws ahead between rounds, since that is what a run uses.
@@ -31,7 +31,7 @@ _REACH = 1000.0  # how many C-long steps a plain step goes: what the parameters 
 
 
 class Place(NamedTuple):
-    """Where something was drawn; openings of an unseeded run directory are numbered from 0."""
+    """The coordinates under which something was drawn; openings of an unseeded run directory count from 0."""
 
     round: int
     attempt: int
@@ -66,7 +66,7 @@ class Releases:
         batches: Indices of the drawn records, by place.
         num_records: N of each gateway.
         observed: Noise by place, `[d]` in units of C, as an observer sees it.
-        read_off: The same, read off updates: one step a round.
+        read_off: The same, read off updates of one step a round.
         tensors: Which of the d coordinates belong to which parameter.
     """
 

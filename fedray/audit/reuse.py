@@ -1,4 +1,4 @@
-"""T2: is noise ever used twice? Correlations of the noise of every two gateways, steps, rounds and attempts."""
+"""Attack T2: looks for noise used twice, by correlating that of every two gateways, steps, rounds and attempts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attack_reuse(lab: Lab, noises: Mapping[str, Mapping[Place, Float32Array]], u
 
 
 def largest_correlation(vectors: Mapping[Place, Float32Array], alpha: float = ALPHA) -> tuple[float, str]:
-    """Return a lower bound of the largest correlation, and of what; 0 when independent noise correlates as much.
+    """Return a lower bound of the largest correlation and which noise it is of; 0 when chance explains it.
 
     Half of alpha goes to single pairs, half to all neighbouring pairs of a coordinate together. A correlation beyond what
     independence exceeds with probability alpha is proven to be at least the difference.

@@ -1,7 +1,8 @@
-"""T3: are batches (and, at `gateway`, cohorts) the independent Poisson draws that the accountant counts on?
+"""Attack T3: tests whether batches (cohorts at `gateway`) are the independent Poisson draws the accountant assumes.
 
-The rate itself, of all records and of each one; draws of other steps, gateways, rounds and attempts, which must hold the same
-record as often as independent ones; and the spread of batch sizes, which sampling without replacement does not have.
+Tested are the rate itself, of all records and of each one; draws of other steps, gateways, rounds and attempts, which
+must hold the same record as often as independent ones; and the spread of batch sizes, which sampling without
+replacement does not have.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _COHORT_ROUNDS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Who was drawn, by place.
+    """Which records (or gateways) were drawn, by the coordinates of the draw.
 
     Args:
-        drawn: Sorted indices.
-        sizes: Of how many, one a gateway.
+        drawn: Sorted indices of those that were drawn.
+        sizes: How many there are to draw from, by gateway.
         rate: The claimed chance of each.
     """
 
@@ -41,7 +42,7 @@ class Draws:
 
     @property
     def trials(self) -> int:
-        """How many coins were tossed."""
+        """How many independent yes-or-no draws were made in all."""
         return sum(self.sizes[place.gateway] for place in self.drawn)
 
 

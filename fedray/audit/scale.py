@@ -1,4 +1,4 @@
-"""T1: is the noise as large as the accountant counts on, everywhere, and normal?"""
+"""Attack T1: tests whether the noise is normal and, everywhere, as large as the accountant assumes."""
 
 from __future__ import annotations
 

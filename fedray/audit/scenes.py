@@ -34,7 +34,7 @@ class Scene:
         bases: `[R, P]`, in units of C, un-noised and without the outlier.
         changes: `[R, P]`, what being the outlier would add to each row.
         gap: Norm that the claim allows a change to have, in units of C: 1, or 2 for replacing.
-        noised: From sigma to the rows `[R, P]` as the real code releases them; None for what is never released.
+        noised: Returns the rows `[R, P]` as the real code releases them at a sigma; None for what is never released.
     """
 
     bases: Float64Array

@@ -1,4 +1,4 @@
-"""T4 and T13 at `gateway`: exchange records of one gateway; its update may change by 2 C once it is clipped, no other one at all.
+"""Attacks T4 and T13 at `gateway`: exchange one gateway's records; its clipped update may move 2 C, no other at all.
 
 Local training is played by the run's own trainer, with the run's optimizer, several gateways side by side; what is added up is
 clipped by the real worker. No statistics: worlds with the same keys are compared.

@@ -1,7 +1,4 @@
-"""From charged events to epsilon: dp-accounting's PLD, or the closed form where nothing is subsampled.
-
-dp-accounting takes 1.3 s to import, so it is imported where it is first needed; callers keep that off the round's path.
-"""
+"""Computes epsilon from the charged events: in closed form, or by the composed privacy loss where sampling helps."""
 
 from __future__ import annotations
 
@@ -34,18 +31,18 @@ class Charges:
 
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
-    """One line of the privacy card.
+    """One privacy guarantee: a line of the privacy card.
 
     Args:
         unit: Whom it protects.
         adjacency: Between which neighbours.
         observer: Against whom.
         epsilon: At `delta`.
-        delta: Of the run's settings.
+        delta: The run's --delta.
         mu: Of the whole curve, which is that of a mu-GDP mechanism (Dong et al. 2019) where nothing is sampled: epsilon at
             any other delta follows from it alone. None where it is no Gaussian's curve; 0 where nothing was released.
-        mechanism: In words.
-        accountant: By its name.
+        mechanism: Its description in words.
+        accountant: The name of the method that gave epsilon.
     """
 
     unit: Unit

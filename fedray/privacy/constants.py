@@ -1,4 +1,4 @@
-"""Numbers as torch takes them at once: it would convert a Python number anew at each use, which takes as long as the work."""
+"""Keeps numbers as tensors: torch would convert a Python number at each use, which takes as long as the work."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ GENESIS = hashlib.sha256(b"fedray ledger").hexdigest()
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One event.
+    """One line of the ledger: an event.
 
     Args:
         event: What happened; the other fields mean the charged attempt unless said otherwise.
@@ -59,7 +59,7 @@ class Entry:
 
 
 def _always() -> None:
-    """Afford anything."""
+    """Allow any charge."""
 
 
 class Ledger:
@@ -91,7 +91,7 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """The chained hash of all lines."""
+        """The chained hash of all lines, which stands for the whole ledger."""
         return self._heads[-1]
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Ledger:
         return length < len(self._heads) and self._heads[length] == head
 
     def charge_under(self, incarnation: str) -> None:
-        """Let all charges from now on be another process' than those before; the first of them writes it down.
+        """Charge from now on under this process' own incarnation; the first new charge writes it to the ledger.
 
         Args:
             incarnation: See `fedray.privacy.streams.new_incarnation`.

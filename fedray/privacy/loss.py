@@ -102,8 +102,8 @@ class PrivacyLoss:
 
         Args:
             interval: Positive.
-            first_end: Index of the end below which everything counts with the lowest multiple.
-            last_end: Index of the end above which nothing is returned: `above` there counts with an infinite loss.
+            first_end: Index in `ends` below which everything counts with the lowest multiple.
+            last_end: Index in `ends` above which nothing is returned: `above` there counts with an infinite loss.
         """
         lowest, highest = float(self._edges[first_end]), float(self._edges[last_end])
         first, last = math.floor(self.ends[first_end] / interval), math.ceil(self.ends[last_end] / interval)

@@ -1,4 +1,4 @@
-"""Keyed randomness: every draw of a run comes from a key made of discrete coordinates.
+"""Keyed randomness: every draw of a run comes from a key derived from its purpose, gateway, round and attempt.
 
 Knows nothing of models, privacy or Ray. A *root key* (32 bytes) yields the setup key (partition, model initialisation,
 MACs) and the first round key; round keys ratchet forward, so that a round's key does not give away earlier rounds.
@@ -139,7 +139,7 @@ def forked_global_rng(seed: int) -> Iterator[None]:
 
 
 class Stream:
-    """Words and normals under one key; `step` selects independent parts of the keystream.
+    """Random words and normals under one key; `step` selects independent parts of the keystream.
 
     Args:
         key: 32 bytes, from `RoundKeys.key` or `derive_key`.
@@ -252,7 +252,7 @@ def fill_normals(streams: Sequence[Stream], step: int, out: Float32Array, std: f
 def _fill_block(encryptors: Sequence[CipherContext], out: torch.Tensor, std: float) -> None:
     rows, size = out.shape
     pairs = (size + 1) // 2
-    work = _SCRATCH.of(rows, pairs)
+    work = _MEMORY.of(rows, pairs)
     for encryptor, row in zip(encryptors, work.keystream, strict=True):
         encryptor.update_into(work.zeros, row)
     radius, angle = work.radius, work.angle
@@ -274,9 +274,8 @@ def _nonce(step: int) -> bytes:
     return step.to_bytes(8, "big") + bytes(8)
 
 
-class _Work(NamedTuple):
-    """Working memory for a block of some shape; `keystream` is the bytes of each row, as many as `zeros`, the words view
-    them."""
+class _BlockMemory(NamedTuple):
+    """Working memory for a block of one shape: each row's `keystream` bytes, as many as `zeros`, and views of them."""
 
     keystream: list[memoryview]
     zeros: memoryview
@@ -286,15 +285,15 @@ class _Work(NamedTuple):
     angle: torch.Tensor
 
 
-class _Scratch(threading.local):
+class _ThreadMemory(threading.local):
     """One thread's working memory for blocks (allocating it anew for each block would halve the speed)."""
 
     def __init__(self) -> None:
         self._words = np.empty(0, np.uint8)
         self._radius, self._angle = torch.empty(0), torch.empty(0)
-        self._known: dict[tuple[int, int], _Work] = {}
+        self._known: dict[tuple[int, int], _BlockMemory] = {}
 
-    def of(self, rows: int, pairs: int) -> _Work:
+    def of(self, rows: int, pairs: int) -> _BlockMemory:
         """Return memory for `rows` rows of `pairs` pairs; its contents are undefined."""
         work = self._known.get((rows, pairs))
         if work is None:
@@ -304,7 +303,7 @@ class _Scratch(threading.local):
                 work = self._known[rows, pairs] = self._views(rows, pairs)
         return work
 
-    def _views(self, rows: int, pairs: int) -> _Work:
+    def _views(self, rows: int, pairs: int) -> _BlockMemory:
         used, size = pairs * _BYTES_PER_PAIR, rows * pairs
         width = -(-used // 16) * 16  # rows on 16-byte boundaries
         if rows * width > self._words.size or size > len(self._radius):
@@ -313,7 +312,7 @@ class _Scratch(threading.local):
             self._angle = torch.empty_like(self._radius)
             self._known.clear()  # views of the memory before
         words = self._words[: rows * width].reshape(rows, width)
-        return _Work(
+        return _BlockMemory(
             keystream=[row[:used].data for row in words],
             zeros=_ZEROS[:used],
             radius_words=torch.from_numpy(words[:, : 8 * pairs].view(np.int64)),
@@ -323,4 +322,4 @@ class _Scratch(threading.local):
         )
 
 
-_SCRATCH = _Scratch()
+_MEMORY = _ThreadMemory()

@@ -1,4 +1,4 @@
-"""Steps and rounds that each gateway was charged, by ranges of gateways."""
+"""Counts the steps and rounds that each gateway was charged, by ranges of gateways."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tally:
         self._most = Charges(steps=0, rounds=0)
 
     def most(self) -> Charges:
-        """Return the maximum over gateways."""
+        """Return the most steps and the most rounds that any gateway was charged."""
         return self._most
 
     def add(self, gateways: Ranges, steps: int) -> None:
