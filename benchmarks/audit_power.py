@@ -28,8 +28,9 @@ from suite import RESULTS, machine  # noqa: E402
 from torch import nn  # noqa: E402
 
 from fedray.audit.audit import attacks  # noqa: E402
-from fedray.audit.lab import DEFAULT, Lab, one_thread  # noqa: E402
+from fedray.audit.lab import DEFAULT, Lab  # noqa: E402
 from fedray.orchestrator.preparing import UserParts  # noqa: E402
+from fedray.pool.inline_pool import one_thread  # noqa: E402
 from tests.audit.coupled import Gated  # noqa: E402
 from tests.audit.mutants import COHORTS, MUTANTS  # noqa: E402
 from tests.audit.worlds import plan_of  # noqa: E402

@@ -34,7 +34,7 @@ import workload
 from fedray.algorithms.aggregation import gather
 from fedray.data.shards import RecordRules
 from fedray.models.layout import Layout
-from fedray.pool.pool import Patience
+from fedray.pool.pool import FailurePolicy
 from fedray.pool.ray_pool import RayPool
 from fedray.pool.worker import WorkerSetup
 from fedray.privacy.streams import RoundKeys
@@ -83,7 +83,9 @@ def time_rounds(job: workload.Workload) -> Times:
     rules = RecordRules.of(np.zeros((1, *RECORD_SHAPE), np.float32))
     training = fedray_job.local_training(job, job.batch_size)
     setup = EchoSetup(model=model, training=training, shards=[], rules=rules, engine="stacked")
-    pool = RayPool(setup, job.processes, 1, "cpu", None, Patience(max_failures=0, round_timeout_s=60.0, drop=False))
+    pool = RayPool(
+        setup, job.processes, 1, "cpu", None, FailurePolicy(max_failures=0, round_timeout_s=60.0, drop=False)
+    )
     target = np.ones_like(params)
     times = Times(rounds=[], sums=[], copies=[], size_bytes=params.nbytes * (1 + job.processes))
     try:

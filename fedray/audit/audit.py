@@ -25,10 +25,11 @@ from fedray.audit import (
 )
 from fedray.audit.bounds import ALPHA
 from fedray.audit.finding import Finding
-from fedray.audit.lab import DEFAULT, Effort, Lab, one_thread
+from fedray.audit.lab import DEFAULT, Effort, Lab
 from fedray.audit.releases import collect, coordinates
 from fedray.errors import InputError
 from fedray.orchestrator.plan import Plan
+from fedray.pool.inline_pool import one_thread
 from fedray.privacy.levels import Unit, level_of
 from fedray.rundir import cards
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -203,14 +202,3 @@ def _seconds(play: Callable[[int], object], runs: int) -> float:
     start = time.perf_counter()
     play(runs)
     return time.perf_counter() - start
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one torch thread, as actors do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from fedray.audit.bounds import ALPHA, LARGEST_MU, binomial_lower, binomial_uppe
 from fedray.audit.finding import Finding
 from fedray.audit.lab import Lab
 from fedray.audit.releases import Place, Releases, attempts, neighbouring, place_of
-from fedray.privacy.levels import Adjacency, Unit
+from fedray.privacy.levels import Adjacency, Unit, cohort_is_secret
 
 _PAIRED_DRAWS = 1024  # of which all pairs are compared
 _PAIRED_RECORDS = 8192
@@ -54,7 +54,7 @@ def attack_sampler(lab: Lab, releases: Releases) -> list[Finding]:
 
 def attack_participation(lab: Lab) -> list[Finding]:
     """Attack the cohorts of `gateway` where they are secret and amplify."""
-    if not lab.spec.secret_participation or lab.spec.arrival_may_depend_on_data:
+    if not cohort_is_secret(lab.spec) or lab.spec.arrival_may_depend_on_data:
         return []  # nothing is claimed of them
     drawn = {
         place_of(keys, 0, 0): np.array(lab.cohort(keys), np.int64) for keys in attempts(lab, "cohorts", _COHORT_ROUNDS)

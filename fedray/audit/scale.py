@@ -12,7 +12,7 @@ from fedray.audit import power
 from fedray.audit.bounds import ALPHA, distance_limit, noise_bound
 from fedray.audit.finding import Finding
 from fedray.audit.lab import Lab
-from fedray.privacy.levels import Adjacency, Unit
+from fedray.privacy.levels import Adjacency, Unit, level_of
 
 _SHAPE_VALUES = 120_000
 
@@ -32,7 +32,7 @@ def attack_scale(
     claim = 1.0 / lab.sigma
     bound, where = smallest_noise(noise, tensors)
     values = noise.size
-    per = "round" if unit == "gateway" and not lab.by_record and lab.spec.noise_level == "gateway" else "local step"
+    per = "round" if unit == "gateway" and not lab.by_record and level_of(lab.spec).central_noise else "local step"
     scale = Finding(
         name="T1 noise scale",
         level=lab.spec.noise_level,

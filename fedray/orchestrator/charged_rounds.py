@@ -19,7 +19,7 @@ from fedray.orchestrator.publisher import Clock, Outcome
 from fedray.orchestrator.session import Session
 from fedray.pool.hardware import hardware_of
 from fedray.pool.pool import Pool, PoolInfo
-from fedray.privacy.levels import level_of
+from fedray.privacy.levels import cohort_is_secret, level_of
 from fedray.privacy.streams import RoundKeys, mac
 from fedray.privacy.tally import Ranges, ranges_of
 from fedray.rundir import cards
@@ -99,7 +99,7 @@ class ChargedRounds:
         plan, session, keys = self._plan, self._session, self._session.keys()
         # A secret cohort is what amplifies: each attempt is charged as a sample of its own, so each attempt draws one. A
         # public cohort amplifies nothing and has to be known to be charged: it is the round's, whatever the attempt.
-        secret = plan.spec.secret_participation
+        secret = cohort_is_secret(plan.spec)
         cohort = range(plan.config.federation.gateways) if secret else participation(plan, keys)
         attempt = session.ledger.charge(
             round_index=keys.round_index,
@@ -122,17 +122,17 @@ class ChargedRounds:
         session, keys, cohort = self._session, self.keys, self._cohort
         spec, everybody = self._plan.spec, len(arrived) == len(cohort)
         central = level_of(spec).central_noise
-        if not everybody and not spec.secret_participation:
+        if not everybody and not cohort_is_secret(spec):
             missing = ",".join(f"{first}-{last}" for first, last in ranges_of(sorted({*cohort} - {*arrived})))
             causes = [cause for result in results for cause in result.failures]
             log.warning("event=left_out round=%d gateways=%s causes=%s", keys.round_index, missing, json.dumps(causes))
         if not arrived and len(cohort) and not central:
             raise RunFailedError(f"no gateway arrived in round {keys.round_index}, so there is nothing to average.")
         ranges: Ranges = ranges_of(arrived)
-        attempt = session.ledger.arrive(
+        attempt = session.ledger.record_arrivals(
             round_index=keys.round_index,
             attempt=keys.attempt,
-            arrived=() if spec.secret_participation else ranges,
+            arrived=() if cohort_is_secret(spec) else ranges,
             label=mac(self._plan.setup_key, repr((keys.round_index, ranges)).encode()),
             everybody=everybody,
             central_noise=central,

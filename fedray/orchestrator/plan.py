@@ -21,7 +21,7 @@ from fedray.config.user_code import code_digest
 from fedray.data import inputs
 from fedray.data.source import Federation
 from fedray.models.layout import Layout
-from fedray.pool.pool import Patience, Pool
+from fedray.pool.pool import FailurePolicy, Pool
 from fedray.pool.worker import WorkerSetup, shard_mac
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
@@ -146,7 +146,7 @@ class Plan:
             return InlinePool(*where)
         from fedray.pool.ray_pool import RayPool
 
-        patience = Patience(
+        patience = FailurePolicy(
             max_failures=machine.max_failures,
             round_timeout_s=machine.round_timeout,
             placement_timeout_s=machine.placement_timeout,

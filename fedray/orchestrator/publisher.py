@@ -17,6 +17,7 @@ from fedray.orchestrator.evaluation import Evaluation
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.session import Session
 from fedray.privacy.accounting import Charges
+from fedray.privacy.levels import cohort_is_secret
 from fedray.reports.callback import Callback, RoundDone
 from fedray.rundir.checkpoint import Checkpoint
 
@@ -123,7 +124,7 @@ class Publisher:
             score = self._evaluation.score(checkpoint.params)
         evaluate = round(time.perf_counter() - began, 6)
         # The size of a secret cohort stays secret: its expectation is public.
-        cohort = spec.expected_cohort if spec.secret_participation else outcome.cohort
+        cohort = spec.expected_cohort if cohort_is_secret(spec) else outcome.cohort
         return {
             "round": outcome.round,
             "accuracy": score.metrics.get("accuracy"),

@@ -15,7 +15,7 @@ from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.privacy.accounting import Charges
 from fedray.rundir import manifest
-from fedray.rundir.directory import Restored, RunDirectory
+from fedray.rundir.directory import RunDirectory, SavedState
 
 # What may differ when a run goes on: where and how it is computed, never what it computes or promises.
 _FREE = frozenset(
@@ -43,7 +43,7 @@ class ResumedRun:
     """A run directory that was read back, under its lock."""
 
     files: RunDirectory
-    state: Restored
+    state: SavedState
 
     def extends(self, config: RunConfig) -> bool:
         """Tell whether the run had ended and gets more rounds."""

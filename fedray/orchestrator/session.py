@@ -125,7 +125,7 @@ class Session:
         if reopened.extends(config):
             session._extend(plan)
         elif not state.finished:
-            files.reopen()  # a crash may have left what an earlier end wrote
+            files.remove_final_files()  # a crash may have left what an earlier end wrote
             if session.card != last.card:  # the run goes on in this version's format
                 session._save_card()
         return session
@@ -145,7 +145,7 @@ class Session:
         self.note_ledger()
         self.card = {**self.card, "config": {**self.card["config"], "rounds": config.federation.rounds}}
         self._save_card()
-        self.files.reopen()
+        self.files.remove_final_files()
 
     def _save_card(self) -> None:
         self.files.save(self.checkpoint(), self.ledger)  # first: config.json is mended from it

@@ -46,7 +46,7 @@ class InlinePool:
 
     def start(self) -> PoolInfo:
         """Build the worker."""
-        with _one_thread():
+        with one_thread():
             self._worker = Worker(self._setup, self._device)
         return self.info()
 
@@ -73,7 +73,7 @@ class InlinePool:
     def collect(self) -> list[GroupResult]:
         """See `Pool.collect`."""
         keys, params, calls = self._round
-        with _one_thread():
+        with one_thread():
             return [self._started().train(keys, params, ids) for _, ids in calls]
 
     def close(self) -> None:
@@ -86,8 +86,8 @@ class InlinePool:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # As in an actor: sums must not depend on the number of threads.
+def one_thread() -> Iterator[None]:
+    """Use one torch thread, as actors do: sums must not depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -32,7 +32,7 @@ class PoolInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class FailurePolicy:
     """How a pool treats lost actors, late rounds and GPUs that are not free.
 
     Args:

@@ -21,7 +21,7 @@ from fedray.errors import InputError, RunFailedError
 from fedray.pool import connection
 from fedray.pool.machines import describe, machines_of, survey
 from fedray.pool.placement import place
-from fedray.pool.pool import Inspection, Patience, PoolInfo, cohort_by_group
+from fedray.pool.pool import FailurePolicy, Inspection, PoolInfo, cohort_by_group
 from fedray.pool.ray_actors import START_TIMEOUT_S, ActorLostError, RayActors, last_line, names_of
 from fedray.pool.worker import WorkerSetup
 from fedray.privacy.streams import RoundKeys
@@ -68,7 +68,7 @@ class RayPool:
         gateways_per_actor: int | str,
         device: str,
         address: str | None,
-        patience: Patience,
+        patience: FailurePolicy,
     ) -> None:
         self._setup = setup
         self._gateways = gateways

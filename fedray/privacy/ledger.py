@@ -157,7 +157,7 @@ class Ledger:
         self._append(entry)
         return entry.attempt
 
-    def arrive(
+    def record_arrivals(
         self,
         *,
         round_index: int,

@@ -145,7 +145,7 @@ def _batch_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
 def _gateway_claims(spec: PrivacySpec) -> tuple[Claim, ...]:
     sigma = spec.charged_multiplier
     # Who arrives may depend on data when gateways can be dropped: then participation amplifies nothing.
-    rate = spec.participation if spec.secret_participation and not spec.arrival_may_depend_on_data else 1.0
+    rate = spec.participation if cohort_is_secret(spec) and not spec.arrival_may_depend_on_data else 1.0
     sampled = f"Poisson participation, rate {rate:g}, " if rate < 1 else ""
     replace = Event(noise_multiplier=sigma, rate=rate, per="round", replaces=True)
     return (
@@ -184,6 +184,11 @@ LEVELS: dict[NoiseLevelName, NoiseLevel] = {
     "batch": NoiseLevel(name="batch", local="batch", central_noise=False),
     "gateway": NoiseLevel(name="gateway", local="plain", central_noise=True),
 }
+
+
+def cohort_is_secret(spec: PrivacySpec) -> bool:
+    """Tell whether who takes part is kept secret, so that the `gateway` level may claim amplification by participation."""
+    return level_of(spec).central_noise and spec.participation < 1.0
 
 
 def level_of(spec: PrivacySpec) -> NoiseLevel:

@@ -59,11 +59,6 @@ class PrivacySpec:
         return self.noise_multiplier * self.noise_shape.least
 
     @property
-    def secret_participation(self) -> bool:
-        """Whether the cohort is kept secret, so that the `gateway` level may claim amplification by participation."""
-        return self.noise_level == "gateway" and self.participation < 1.0
-
-    @property
     def noise_std(self) -> float:
         """sigma·C, the standard deviation of the noise added to a clipped sum."""
         return self.noise_multiplier * self.clip_norm

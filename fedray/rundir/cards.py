@@ -14,7 +14,7 @@ from typing import Any
 from fedray.config.files import FORMAT
 from fedray.config.settings import RunConfig
 from fedray.privacy.accounting import Charges, Guarantee
-from fedray.privacy.levels import Unit, level_of
+from fedray.privacy.levels import Unit, cohort_is_secret, level_of
 from fedray.privacy.spec import PrivacySpec
 
 _WEAK_EPSILON = 20.0
@@ -84,7 +84,7 @@ def not_covered(spec: PrivacySpec, disjoint: bool, extended: bool) -> list[str]:
         lines.append("the choice to add rounds: they were added after results had been seen")
     if spec.arrival_may_depend_on_data:
         lines.append("which gateways were dropped: failures and time-outs may depend on data")
-    if spec.secret_participation and not spec.arrival_may_depend_on_data:
+    if cohort_is_secret(spec) and not spec.arrival_may_depend_on_data:
         lines.append("whoever reads private.jsonl or the round key: they tell who took part, which is assumed secret")
     if spec.weights == "records":
         lines.append("the number of records of each gateway: weights reveal it")

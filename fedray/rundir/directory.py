@@ -46,7 +46,7 @@ _SETUP_KEY, _LEDGER_HEAD, _IDENTITY = "setup.key", "ledger.json", "identity.json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored:
+class SavedState:
     """The state that a run goes on from, as read from its directory and checked.
 
     Args:
@@ -189,7 +189,7 @@ class RunDirectory:
         for old in checkpoints_in(self.path / "checkpoint")[:-_KEPT_CHECKPOINTS]:
             old.unlink()
 
-    def restore(self, mend: bool = True) -> Restored:
+    def restore(self, mend: bool = True) -> SavedState:
         """Read the newest good checkpoint.
 
         Args:
@@ -226,7 +226,7 @@ class RunDirectory:
             self._setup_commitment = description["setup_key_commitment"]
             if mend:
                 self._mend(checkpoint, description["metrics_size"])
-            return Restored(
+            return SavedState(
                 checkpoint=checkpoint,
                 setup_key=setup_key,
                 ledger=ledger,
@@ -269,7 +269,7 @@ class RunDirectory:
         if texts.keys() != {DESCRIPTION}:
             write_checkpoint(newest, arrays, {DESCRIPTION: texts[DESCRIPTION]})
 
-    def reopen(self) -> None:
+    def remove_final_files(self) -> None:
         """Remove the files that only a finished run has, because more rounds follow."""
         for name in ("manifest.json", "privacy.json", "model.safetensors"):
             (self.path / name).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fedray.config.files import check_format
 from fedray.config.settings import SETTINGS, RunConfig
 from fedray.errors import InputError
+from fedray.privacy.levels import level_of
 from fedray.privacy.shapes import IndependentNoise
 from fedray.privacy.spec import PrivacySpec
 from fedray.rundir import manifest
@@ -64,7 +65,7 @@ class RunSettings:
     def summary(self) -> str:
         """The settings that decide about privacy, in a sentence."""
         spec = self.spec
-        if spec.noise_level == "none":
+        if not level_of(spec).is_private:
             return "none level, no noise."
         return (
             f"{spec.noise_level} level, sigma = {spec.noise_multiplier:.6g}, q = {spec.sample_rate:.6g}, "

@@ -1,4 +1,4 @@
-"""Draws a group of gateways' batches and noise in a round, from the round's keys and the shards alone.
+"""RoundDraws a group of gateways' batches and noise in a round, from the round's keys and the shards alone.
 
 Neither depends on the parameters, so an actor can draw for the next round while it waits for that round to start.
 """
@@ -49,7 +49,7 @@ class Batch:
         return self.drawn[row][self.starts[row] : self.starts[row] + self.sizes[row]]
 
 
-class Draws:
+class RoundDraws:
     """The batches and noise of a group of gateways in one round.
 
     Args:
@@ -81,10 +81,10 @@ class Draws:
         """Tell whether these are the draws of that round and group."""
         return self.identity == (keys, list(gateways))
 
-    def following(self) -> Draws:
+    def following(self) -> RoundDraws:
         """Return the draws of the same group in the next round, should it be the first attempt at it."""
         keys, gateways = self.identity
-        return Draws(self._privacy, self._device, keys.following(), gateways, self.shards)
+        return RoundDraws(self._privacy, self._device, keys.following(), gateways, self.shards)
 
     def draw_ahead(self, memory: torch.Tensor, stop: Event) -> None:
         """Draw what the round will ask for first, until `stop` is set; the rest is drawn when it is asked for.

@@ -23,7 +23,7 @@ from fedray.errors import FedrayError, GatewayError
 from fedray.privacy.clipping import clip_rows
 from fedray.privacy.levels import level_of
 from fedray.privacy.streams import RoundKeys
-from fedray.training.draws import Batch, Draws
+from fedray.training.draws import Batch, RoundDraws
 from fedray.training.record_gradients import RecordGradients
 from fedray.training.row_optimizers import new_row_optimizer
 from fedray.training.trainer import Float32Array, GatewayShards, LocalTraining, Release, StepObserver
@@ -54,8 +54,8 @@ class StackedTrainer:
         self._gradients = gradients
         self._memory_limit = memory_limit
         self._bytes_per_record: int | None = None
-        self._first: Draws | None = None  # of the first group of the last round
-        self._ahead: Draws | None = None
+        self._first: RoundDraws | None = None  # of the first group of the last round
+        self._ahead: RoundDraws | None = None
         self._ahead_memory = torch.empty(0)
 
     def train(
@@ -113,17 +113,19 @@ class StackedTrainer:
             following.draw_ahead(self._ahead_memory[:size].view(-1, rows, num_params), stop)
         self._ahead = following
 
-    def _draws(self, keys: RoundKeys, gateways: Sequence[int], shards: GatewayShards) -> Draws:
+    def _draws(self, keys: RoundKeys, gateways: Sequence[int], shards: GatewayShards) -> RoundDraws:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.serve(keys, gateways):
             return ahead
-        return Draws(self._training.privacy, self._device, keys, gateways, [shards[gateway] for gateway in gateways])
+        return RoundDraws(
+            self._training.privacy, self._device, keys, gateways, [shards[gateway] for gateway in gateways]
+        )
 
     def _mode(self) -> AbstractContextManager[None]:
         # Without the book-keeping that autograd wants a step's calls take a sixth less time.
         return torch.inference_mode() if self.observer is None else torch.no_grad()
 
-    def _train_group(self, params: Float32Array, gateways: Sequence[int], draws: Draws) -> Float32Array:
+    def _train_group(self, params: Float32Array, gateways: Sequence[int], draws: RoundDraws) -> Float32Array:
         sent = torch.from_numpy(np.array(params, np.float32)).to(self._device)  # a copy: it may be a shared view
         values = sent.repeat(len(gateways), 1)
         self._gradients.bind(values, draws.identity)
@@ -141,7 +143,7 @@ class StackedTrainer:
         return rule.uploads(values).cpu().numpy()
 
     def _release(
-        self, memory: torch.Tensor, gateways: Sequence[int], step: int, batch: Batch, draws: Draws
+        self, memory: torch.Tensor, gateways: Sequence[int], step: int, batch: Batch, draws: RoundDraws
     ) -> torch.Tensor:
         """Return the step's gradients `[G, P]` with their noise, times the optimizer's divisor; in `memory` or not."""
         if self._local == "plain":

@@ -150,7 +150,7 @@ def arrivals_are_charged(out: Path) -> None:
         ledger = read(path) if path.exists() else Ledger(path)  # another process each time
         charged = ledger.charge(round_index=1, gateways=((0, 3),), steps=2, level="gateway", inputs="same")
         assert charged == 0
-        released = ledger.arrive(
+        released = ledger.record_arrivals(
             round_index=1, attempt=0, arrived=arrived, label=repr(arrived), everybody=everybody, central_noise=True
         )
         return released, ledger.charges()
@@ -166,7 +166,7 @@ def arrivals_are_charged(out: Path) -> None:
     first = Ledger(path)
     first.charge(round_index=1, gateways=everybody, steps=2, level="gateway", inputs="same")
     about = {"round_index": 1, "attempt": 0, "arrived": ((0, 2),), "label": repr(((0, 2),)), "central_noise": True}
-    assert first.arrive(everybody=False, **about) == 0, "nothing was released yet"  # type: ignore[arg-type]  # mixed
+    assert first.record_arrivals(everybody=False, **about) == 0, "nothing was released yet"  # type: ignore[arg-type]  # mixed
     assert attempt(((0, 2),)) == (0, one), "the same set is the same release"
     assert attempt(everybody, everybody=True) == (1, two), "attempt 0 may have been released without gateway 3"
     assert attempt(((1, 3),)) == (2, three)

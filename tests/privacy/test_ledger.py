@@ -162,7 +162,7 @@ def test_an_attempt_that_another_arrival_charges_has_the_new_incarnation(tmp_pat
     again = read(path)
     again.charge_under("cd")
     assert charge(again, 1) == 0
-    attempt = again.arrive(
+    attempt = again.record_arrivals(
         round_index=1, attempt=0, arrived=((0, 1),), label="mac", everybody=False, central_noise=True
     )
     assert (attempt, again.incarnation(1, attempt)) == (1, "cd")

@@ -45,7 +45,7 @@ def ledger_of_round(path: Path | None, inputs: str = "a") -> Ledger:
 
 
 def arrive(ledger: Ledger, attempt: int, gateways: list[int]) -> int:
-    return ledger.arrive(
+    return ledger.record_arrivals(
         round_index=1,
         attempt=attempt,
         arrived=ranges_of(gateways),

@@ -15,7 +15,7 @@ from fedray.models.layout import Layout
 from fedray.privacy.spec import NoiseLevelName
 from fedray.privacy.streams import RoundKeys
 from fedray.tasks.classification import cross_entropy
-from fedray.training.draws import Draws
+from fedray.training.draws import RoundDraws
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import LocalTraining
 from tests.privacy.worlds import spec_of
@@ -92,7 +92,7 @@ def test_draws_made_ahead_are_used_once() -> None:
 def test_noise_that_was_drawn_ahead_is_not_drawn_again() -> None:
     """The first steps come from the memory, the others from the stream."""
     spec, shards = _training("sample").privacy, _shards()
-    ahead, plain = (Draws(spec, CPU, KEYS, [0, 1, 2], shards) for _ in range(2))
+    ahead, plain = (RoundDraws(spec, CPU, KEYS, [0, 1, 2], shards) for _ in range(2))
     memory, spare = torch.empty(2, 3, 11), torch.empty(3, 11)
     ahead.draw_ahead(memory, Event())
     for step in range(4):
@@ -106,7 +106,7 @@ def test_noise_that_was_drawn_ahead_is_not_drawn_again() -> None:
 
 def test_batches_that_were_drawn_ahead_are_all_there() -> None:
     spec, shards = _training("sample").privacy, _shards()
-    ahead, plain = (Draws(spec, CPU, KEYS, [0, 1, 2], shards) for _ in range(2))
+    ahead, plain = (RoundDraws(spec, CPU, KEYS, [0, 1, 2], shards) for _ in range(2))
     ahead.draw_ahead(torch.empty(0, 3, 11), Event())
     found, expected = list(ahead.batches()), list(plain.batches())
     assert len(found) == len(expected) == 5
@@ -120,7 +120,7 @@ def test_batches_that_were_drawn_ahead_are_all_there() -> None:
 
 def test_batches_hold_the_records_that_they_name() -> None:
     spec, shards = _training("sample").privacy, _shards()
-    for batch in Draws(spec, CPU, KEYS, [0, 1, 2], shards).batches():
+    for batch in RoundDraws(spec, CPU, KEYS, [0, 1, 2], shards).batches():
         x, y = batch.x.view(3, -1, 6), batch.y.view(3, -1)
         for row, shard in enumerate(shards):
             indices = batch.indices(row)

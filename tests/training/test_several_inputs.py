@@ -19,7 +19,7 @@ from fedray.errors import InputError
 from fedray.models.layout import Layout
 from fedray.pool.inline_pool import InlinePool
 from fedray.tasks.classification import cross_entropy
-from fedray.training.draws import Draws
+from fedray.training.draws import RoundDraws
 from fedray.training.engines import Engine, new_trainer
 from fedray.training.trainer import LocalTraining
 from tests.privacy.worlds import keys_of, spec_of
@@ -134,7 +134,7 @@ def test_fast_trainer_gives_the_reference_updates_for_several_inputs(level: str,
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_batches_hold_the_same_records_of_every_input(kind: str) -> None:
     held = list(shards(kind).values())
-    for batch in Draws(spec_of("sample"), CPU, keys_of(1), [0, 1, 2], held).batches():
+    for batch in RoundDraws(spec_of("sample"), CPU, keys_of(1), [0, 1, 2], held).batches():
         assert isinstance(batch.x, tuple if kind == "tuple" else dict)
         for row, shard in enumerate(held):
             chosen = batch.indices(row)

@@ -53,22 +53,22 @@ def sampled_replace_priced_as_removal(patch: Patch, engine: str) -> None:
 
 def arrival_keeps_the_attempt(patch: Patch, engine: str) -> None:
     """Another set of gateways is released under the attempt that was charged."""
-    arrive = Ledger.arrive
+    arrive = Ledger.record_arrivals
 
     def mutated(self: Ledger, **about: Any) -> int:
         return arrive(self, **{**about, "central_noise": False})
 
-    patch.setattr(Ledger, "arrive", mutated)
+    patch.setattr(Ledger, "record_arrivals", mutated)
 
 
 def everybody_needs_no_new_attempt(patch: Patch, engine: str) -> None:
     """When all arrive, nobody asks who had arrived before the crash."""
-    arrive = Ledger.arrive
+    arrive = Ledger.record_arrivals
 
     def mutated(self: Ledger, *, everybody: bool, attempt: int, **about: Any) -> int:
         return attempt if everybody else arrive(self, everybody=everybody, attempt=attempt, **about)
 
-    patch.setattr(Ledger, "arrive", mutated)
+    patch.setattr(Ledger, "record_arrivals", mutated)
 
 
 def extension_forgets_what_was_spent(patch: Patch, engine: str) -> None:
