@@ -24,6 +24,7 @@ from fedray.pool.worker import memory_share
 from fedray.privacy.sampling import PoissonSampler
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import RoundKeys
+from fedray.tasks.classification import Classification
 from fedray.tasks.own_loss import OwnLoss
 from fedray.training.engines import new_trainer
 from fedray.training.trainer import Trainer
@@ -139,9 +140,8 @@ class Job:
 
 
 def _shard(family: Family, generator: torch.Generator) -> Shard:
-    x, y = as_arrays(
-        family.records(RECORDS, generator), "records", family.loss is class_losses
-    )  # sorts names, as a run
+    task = Classification() if family.loss is class_losses else OwnLoss(family.loss)
+    x, y = as_arrays(family.records(RECORDS, generator), "records", task)  # sorts names, as a run
     return Shard(x=tensors(x), y=torch.from_numpy(y))
 
 

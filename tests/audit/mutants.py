@@ -204,7 +204,7 @@ _EVERYWHERE: Mapping[str, Make] = {
 }
 _CENTRAL: Mapping[str, Make] = {
     "the same noise whoever arrives": noise_of_any_set,
-    "clipping left out": lambda: mock.patch("fedray.pool.worker.clip_rows", lambda rows, _clip_norm: rows),  # type: ignore[dict-item,return-value]  # a patch is a context
+    "clipping left out": lambda: mock.patch("fedray.pool.worker.clip_rows", lambda rows, *_rule: rows),  # type: ignore[dict-item,return-value]  # a patch is a context
 }
 COUPLED: Mapping[str, Make] = {name: (lambda name=name: trained_by(name)) for name in COUPLINGS}
 _CLIPPING: Mapping[str, Make] = {

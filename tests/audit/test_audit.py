@@ -20,6 +20,7 @@ from fedray.commands.cli import main
 from fedray.errors import InputError
 from fedray.orchestrator.preparing import UserParts
 from fedray.reports import audit_page
+from fedray.tasks.own_loss import OwnLoss
 from tests.audit.coupled import Gated
 from tests.audit.mutants import scaled_noise
 from tests.audit.worlds import LEVELS, QUICK, Tokens, audit_of, flagged, plan_of, token_shards
@@ -90,9 +91,8 @@ def test_audit_attacks_a_users_own_model_and_data(level: str) -> None:
 def test_audit_attacks_a_users_own_loss() -> None:
     rng = np.random.default_rng(0)
     shards = [(rng.normal(size=(64, 5)).astype(np.float32), rng.normal(size=(64, 2)).astype(np.float32))] * 2
-    parts = UserParts(
-        shards=shards, model=lambda: nn.Linear(5, 2), loss=lambda output, target: ((output - target) ** 2).sum(dim=1)
-    )
+    task = OwnLoss(lambda output, target: ((output - target) ** 2).sum(dim=1))
+    parts = UserParts(shards=shards, model=lambda: nn.Linear(5, 2), task=task)
     audit = audit_of("sample", parts, gateways=2, samples_per_gateway=None)
     assert audit.verdict == "consistent", flagged(audit)
 

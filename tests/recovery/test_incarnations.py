@@ -34,9 +34,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Params:
     found: Params = {}
     advance = Session.advance
 
-    def noted(self: Session, index: int, params: Any) -> None:
+    def noted(self: Session, index: int, params: Any, server_state: Any) -> None:
         found[index] = np.array(params, np.float64)
-        advance(self, index, params)
+        advance(self, index, params, server_state)
 
     monkeypatch.setattr(Session, "advance", noted)
     return found

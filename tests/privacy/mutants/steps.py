@@ -119,9 +119,9 @@ def empty_batches_skipped(patch: Patch, engine: str) -> None:
 
     step = OpacusTrainer._step
 
-    def mutated(self: OpacusTrainer, optimizer: Any, gateway: int, index: int, batch: Any, draws: Any) -> None:
+    def mutated(self: OpacusTrainer, optimizer: Any, gateway: int, index: int, batch: Any, *others: Any) -> None:
         if len(batch):
-            step(self, optimizer, gateway, index, batch, draws)
+            step(self, optimizer, gateway, index, batch, *others)
 
     patch.setattr(OpacusTrainer, "_step", mutated)
 

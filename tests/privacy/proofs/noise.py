@@ -173,13 +173,11 @@ def retry_has_other_noise(out: Path) -> None:
     The attempt is in every noise key ("T2 streams"), so a second attempt is other noise.
     """
 
-    def run(callback: Callback, **settings: Any) -> None:
+    def run(*callbacks: Callback, **settings: Any) -> None:
         config = RunConfig().resolve(
             pool="inline", device="cpu", samples_per_gateway=Fuse.num_records, memory_limit=1, **settings
         )
-        Orchestrator(
-            Fuse(), model=lambda: model_of("mlp"), loss=product_loss, config=config, callbacks=[callback]
-        ).run()
+        Orchestrator(Fuse(), model=lambda: model_of("mlp"), loss=product_loss, config=config, callbacks=callbacks).run()
 
     Fuse.blown = False
     try:
@@ -188,7 +186,7 @@ def retry_has_other_noise(out: Path) -> None:
         Fuse.blown = False
     else:
         raise AssertionError("round 2 did not fail: the proof would prove nothing")
-    run(Callback(), resume=out, gateways_per_actor=1)
+    run(resume=out, gateways_per_actor=1)
     lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert [(line["round"], line["attempt"]) for line in lines] == [(1, 0), (2, 0), (2, 1)]
     assert json.loads((out / "privacy.json").read_text())["steps"] == 3 * 2

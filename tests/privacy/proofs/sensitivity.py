@@ -17,6 +17,7 @@ from fedray.models.checks import check as check_model
 from fedray.models.layout import Layout
 from fedray.privacy import mechanism, noise
 from fedray.privacy.tally import ranges_of
+from fedray.tasks.own_loss import OwnLoss
 from tests.privacy import checks
 from tests.privacy.proofs.releases import releases_are_as_declared
 from tests.privacy.worlds import (
@@ -168,7 +169,7 @@ def changing_buffers_are_refused() -> None:
     shard = random_shard(8)
     model = torch.nn.Sequential(RunningMean(), model_of("mlp"))
     try:
-        check_model(model, shard.x, shard.y, product_loss)
+        check_model(model, shard.x, shard.y, OwnLoss(product_loss))
     except InputError as error:
         refusal = str(error)
     else:
