@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_no_file_is_longer_than_a_reader_holds() -> None:
     files = [path for part in ("fedray", "tests", "benchmarks", "docs") for path in (ROOT.parent / part).rglob("*.py")]
     long = {str(path): lines for path in files if (lines := len(path.read_text().splitlines())) > 350}
     assert not long
+
+
+def test_the_round_loop_fits_on_a_screen() -> None:
+    tree = ast.parse((ROOT / "orchestrator" / "rounds.py").read_text())
+    (loop,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_rounds"]
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno < 25
+
+
+def test_no_part_asks_which_noise_level_it_is() -> None:
+    """A level is what `privacy/levels.py` says of it: where it clips, who adds noise, what it claims."""
+    asks = re.compile(r"""(noise_level|dataset) (==|!=|in) ["'(\[{]""")
+    parts = [path for path in ROOT.rglob("*.py") if path.parent.name != "commands"]  # which read flags
+    found = {str(path) for path in parts if asks.search(path.read_text())}
+    assert not found
 
 
 def test_imports_have_no_cycle() -> None:

@@ -162,7 +162,7 @@ class Worker:
         total: npt.NDArray[np.float64] | None = None
         updates = np.empty((0, self._width), np.float32)
         for first in range(0, len(gateways), together):
-            part, updates, refused = self._updates(keys, params, gateways[first : first + together], look=as_sum)
+            part, updates, refused = self._updates(keys, params, gateways[first : first + together], for_a_sum=as_sum)
             failures += refused
             own = [float(self._shards[gateway].num_records) if weighted else 1.0 for gateway in part]
             arrived += part
@@ -193,12 +193,13 @@ class Worker:
                 self._stop_drawing.clear()
 
     def _updates(
-        self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int], look: bool
+        self, keys: RoundKeys, params: npt.NDArray[np.float32], gateways: Sequence[int], *, for_a_sum: bool
     ) -> tuple[list[int], npt.NDArray[np.float32], list[str]]:
         """Return who arrived, their updates, and what was wrong with the others.
 
-        The orchestrator finds values that are not finite when it adds up, and says whose they are, but not in a sum; so
-        without `look` they are left to it where nothing else is asked of updates, which spares a pass over a large model.
+        Values that are not finite are found here if the updates end in a sum, in which nobody could tell whose they are; and
+        where updates are looked at anyway. Else the orchestrator finds them when it adds up, which spares a pass over a large
+        model.
         """
         rows: _Rows | None = None
         try:
@@ -209,8 +210,8 @@ class Worker:
         if rows is None:  # outside the handler, so that the user's traceback does not show the first attempt as well
             # One by one, to find whose fault it is: a gateway's round does not depend on who trains beside it.
             rows = self._one_by_one(keys, params, gateways)
-        look = look or self._setup.drop_failures or self._setup.max_update_norm is not None
-        problems = self._problems(rows, gateways, keys.round_index) if look or isinstance(rows, list) else {}
+        looked_at = for_a_sum or self._setup.drop_failures or self._setup.max_update_norm is not None
+        problems = self._problems(rows, gateways, keys.round_index) if looked_at or isinstance(rows, list) else {}
         if problems and not self._setup.drop_failures:
             raise next(iter(problems.values()))
         good = [row for row in range(len(gateways)) if row not in problems]
