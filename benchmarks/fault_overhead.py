@@ -29,7 +29,7 @@ from fedray.rundir.directory import RunDirectory
 
 JOB: dict[str, Any] = {"gateways": 16, "noise_level": "sample", "seed": 1, "rounds": 12, "local_steps": 64}
 WRITES = [
-    (ledger, "_append_line"),
+    (ledger, "append_durably"),
     (RunDirectory, "note_ledger"),
     (RunDirectory, "append_metrics"),
     (RunDirectory, "save"),

@@ -25,13 +25,12 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
 
     from fedray.reports.page import render  # numpy and the accountant: --help answers without them
+    from fedray.rundir.files import replace
 
     out = given.rundir / "report.html" if given.out is None else given.out
     page = render(given.rundir)
     try:
-        building = out.with_name(f".{out.name}")
-        building.write_text(page, encoding="utf-8")
-        building.replace(out)
+        replace(out, page.encode())
     except OSError as error:
         raise RunFailedError(f"--out {out} cannot be written ({error}); choose another place.") from error
     print(f"report: {out}")

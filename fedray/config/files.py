@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 from fedray.config.rules import flag
 from fedray.config.settings import GROUP_OF, GROUPS, SETTINGS
 from fedray.errors import InputError
+from fedray.privacy.durable import parse_json, read_regular
 
+_LARGEST = 2**20  # bytes
 _OF_ONE_RUN = ("out", "resume", "dry_run")  # a run like another one has a directory of its own
 
 
@@ -26,8 +27,8 @@ def settings_in(path: Path) -> dict[str, Any]:
         InputError: The file cannot be read, or holds what is no setting.
     """
     try:
-        text = path.read_text()
-        values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+        text = read_regular(path, _LARGEST, follow=True).decode()
+        values = parse_json(text) if text.lstrip().startswith("{") else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, tomllib.TOMLDecodeError):
             raise InputError(f"--config {path} is not TOML ({error}); write one `name = value` a line.") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedray.config.rules import flag
 from fedray.config.settings import DEFAULTS, RunConfig
-from fedray.errors import InputError
+from fedray.errors import DamagedRunError, InputError
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.privacy.accounting import Charges
@@ -121,7 +121,11 @@ def reopen(path: Path, stack: ExitStack, mend: bool = True) -> ResumedRun:
     """
     files = RunDirectory(path.absolute())
     stack.enter_context(files.lock())
-    return ResumedRun(files=files, state=files.restore(mend))
+    try:
+        state = files.restore(mend)
+    except OSError as error:
+        raise DamagedRunError(f"{path} cannot be read and mended ({error}); see to its files.") from error
+    return ResumedRun(files=files, state=state)
 
 
 def settings_of(

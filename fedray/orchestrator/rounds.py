@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from fedray.orchestrator.resuming import planned
 from fedray.orchestrator.session import Session
 from fedray.pool.pool import Pool
 from fedray.privacy import accounting, mechanism
+from fedray.privacy.durable import parse_json, read_regular
 from fedray.reports.callback import Callback, End, Start, trackers
 from fedray.rundir import cards, manifest
 from fedray.tasks.own_loss import Loss, OwnLoss
@@ -207,7 +207,7 @@ class Orchestrator:
         assert self._restored is not None
         state, plan, path = self._restored.state, self.plan, self._restored.files.path
         plan.layout.load(plan.model, state.checkpoint.params)
-        card = json.loads((path / "privacy.json").read_bytes())
+        card = parse_json(read_regular(path / "privacy.json"))
         self._restored.files.forget_keys()  # a crash may have come before it
         self._end(path, [self._restored.already_complete()], None, card)
         self._stack.close()

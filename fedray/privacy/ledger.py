@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from fedray.errors import DamagedRunError
 from fedray.privacy.accounting import Charges
+from fedray.privacy.durable import append_durably, parse_json, read_regular, truncate_durably
 from fedray.privacy.tally import Ranges, Tally
 
 GENESIS = hashlib.sha256(b"fedray ledger").hexdigest()
@@ -269,7 +269,7 @@ class Ledger:
         if self._path is not None:
             if len(self._entries) == self._read:
                 drop_torn_line(self._path)
-            _append_line(self._path, entry.line(self.head))
+            append_durably(self._path, entry.line(self.head).encode() + b"\n")
         self._remember(entry)
 
     def _remember(self, entry: Entry) -> None:
@@ -293,18 +293,18 @@ def read(path: Path) -> Ledger:
         DamagedRunError: A line is not what was written, or one is missing in the middle.
     """
     try:
-        complete, newline, _torn = path.read_bytes().rpartition(b"\n")
+        complete, newline, _torn = read_regular(path).rpartition(b"\n")
     except OSError as error:
         raise DamagedRunError(f"{path} cannot be read ({error}); restore the file.") from error
     entries: list[Entry] = []
     head = GENESIS
     for number, line in enumerate((complete + newline).split(b"\n")[:-1], start=1):
         try:
-            fields: dict[str, Any] = json.loads(line)
+            fields: dict[str, Any] = parse_json(line)
             previous = fields.pop("previous")
             entry = Entry(**{**fields, "gateways": tuple(tuple(pair) for pair in fields["gateways"])})
             unchanged = previous == head and entry.line(previous).encode() == line
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedRunError(f"{path}: line {number} is not a ledger line ({error}); restore the file.") from error
         if not unchanged:
             raise DamagedRunError(
@@ -318,16 +318,7 @@ def read(path: Path) -> Ledger:
 
 def drop_torn_line(path: Path) -> None:
     """Cut a ledger file after its last complete line, before more lines follow."""
-    raw = path.read_bytes() if path.exists() else b""
+    raw = read_regular(path) if path.exists() else b""
     complete = raw.rfind(b"\n") + 1
     if complete < len(raw):
-        with path.open("r+b") as file:
-            file.truncate(complete)
-            os.fsync(file.fileno())
-
-
-def _append_line(path: Path, line: str) -> None:
-    with path.open("ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        truncate_durably(path, complete)

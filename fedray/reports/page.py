@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def _read(path: Path) -> _RunFiles:
     try:
         card = evidence.read_object(path, "config.json")
         lines, _ = evidence.lines_of(path, "metrics.jsonl", finished=False)
-        records = [json.loads(line) for line in lines]
+        records = [evidence.parsed(line, "a line ") for line in lines]
         if not isinstance(card.get("config"), dict) or not all(_is_record(record) for record in records):
             raise UntrueError("and metrics.jsonl do not have the form that fedray writes.")
     except (UntrueError, ValueError) as error:

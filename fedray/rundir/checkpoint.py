@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from fedray.errors import DamagedRunError
+from fedray.privacy.durable import LARGEST, parse_json, read_regular
 from fedray.privacy.streams import commitment
 from fedray.rundir.files import replace, unsealed
 
@@ -83,10 +83,10 @@ def contents_of(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]
         DamagedRunError: It is no checkpoint.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST)
         arrays = load_arrays(data)
         params = arrays[PARAMS]
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
     if params.dtype != np.float32 or params.ndim != 1:

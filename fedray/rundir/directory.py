@@ -22,6 +22,14 @@ from safetensors.torch import save as save_tensors
 
 from fedray.config.files import check_format
 from fedray.errors import DamagedRunError, RunFailedError
+from fedray.privacy.durable import (
+    append_durably,
+    open_regular,
+    parse_json,
+    read_regular,
+    truncate_durably,
+    write_durably,
+)
 from fedray.privacy.ledger import Ledger, drop_torn_line
 from fedray.privacy.ledger import read as read_ledger
 from fedray.privacy.streams import commitment
@@ -36,7 +44,7 @@ from fedray.rundir.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from fedray.rundir.files import as_json, bytes_of, removed_if_killed, replace, sealed, sync_directory, unsealed, write
+from fedray.rundir.files import as_json, bytes_of, removed_if_killed, replace, sealed, sync_directory, unsealed
 from fedray.rundir.lock import locked
 
 _UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
@@ -96,11 +104,11 @@ class RunDirectory:
                 building.path.mkdir()
                 building.write_json("config.json", state.card)
                 for name in ("ledger.jsonl", "metrics.jsonl"):
-                    write(building.path / name, b"")
+                    write_durably(building.path / name, b"")
                 (building.path / "checkpoint").mkdir()
-                write(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
-                write(building.path / "checkpoint" / _IDENTITY, sealed(identity))
-                write(building.path / "checkpoint" / _LEDGER_HEAD, sealed(_length_and_head(Ledger(None))))
+                write_durably(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
+                write_durably(building.path / "checkpoint" / _IDENTITY, sealed(identity))
+                write_durably(building.path / "checkpoint" / _LEDGER_HEAD, sealed(_length_and_head(Ledger(None))))
                 building._setup_commitment = commitment(setup_key)
                 building.save(state, Ledger(None))
                 if path.exists():
@@ -133,24 +141,20 @@ class RunDirectory:
         In place and by one write, which a kill does not tear: a note is never shorter than the one before. It is not
         synced, as each checkpoint holds a note that is.
         """
-        with (self.path / "checkpoint" / _LEDGER_HEAD).open("r+b") as file:
+        with open_regular(self.path / "checkpoint" / _LEDGER_HEAD, os.O_RDWR) as file:
             file.write(sealed(_length_and_head(ledger)))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one round's line to metrics.jsonl, durably: the checkpoint that follows counts on it."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        with self._metrics.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_durably(self._metrics, line)
         self._metrics_hash.update(line)
         self._metrics_size += len(line)
 
     def append_private(self, record: Mapping[str, Any]) -> None:
         """Append a line that only the orchestrator may know to private.jsonl (mode 0600), unless it is there."""
         line = (json.dumps(record) + "\n").encode()
-        descriptor = os.open(self.path / "private.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "a+b") as file:
+        with open_regular(self.path / "private.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
             if self._private is None:  # read once: a run that goes on repeats its last rounds, and may find a torn line
                 file.seek(0)
                 complete, newline, torn = file.read().rpartition(b"\n")
@@ -201,7 +205,7 @@ class RunDirectory:
         """
         root = self.path / "checkpoint"
         with contextlib.suppress(OSError, ValueError):  # a damaged one is mended from the checkpoint
-            check_format(json.loads((self.path / "config.json").read_bytes()), str(self.path))
+            check_format(parse_json(read_regular(self.path / "config.json")), str(self.path))
         ledger = self._read_ledger()
         ended = (self.path / "privacy.json").exists()  # written before the keys go
         problems: list[str] = []
@@ -243,7 +247,7 @@ class RunDirectory:
         """
         path = self.path / "checkpoint" / _IDENTITY
         try:
-            before = unsealed(path.read_bytes())
+            before = unsealed(read_regular(path))
         except (OSError, ValueError) as error:
             raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
         return sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
@@ -277,7 +281,7 @@ class RunDirectory:
     def _read_ledger(self) -> Ledger:
         ledger, path = read_ledger(self.ledger), self.path / "checkpoint" / _LEDGER_HEAD
         try:
-            noted = unsealed(path.read_bytes())
+            noted = unsealed(read_regular(path))
         except (OSError, ValueError) as error:
             raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
         if not ledger.holds(noted["length"], noted["head"]):
@@ -290,7 +294,7 @@ class RunDirectory:
     def _read_metrics(self, description: Mapping[str, Any]) -> list[dict[str, Any]]:
         size = int(description["metrics_size"])
         try:
-            raw = self._metrics.read_bytes()[:size]
+            raw = read_regular(self._metrics)[:size]
         except OSError as error:
             raise DamagedRunError(f"{self._metrics} cannot be read ({error}); restore the file.") from error
         if len(raw) != size or hashlib.sha256(raw).hexdigest() != description["metrics_sha256"]:
@@ -298,7 +302,7 @@ class RunDirectory:
                 f"{self._metrics} is not what the checkpoint counted; lines were changed or lost: restore it."
             )
         self._metrics_hash, self._metrics_size = hashlib.sha256(raw), size
-        return [json.loads(line) for line in raw.splitlines()]
+        return [parse_json(line) for line in raw.splitlines()]
 
     def _mend(self, checkpoint: Checkpoint, metrics_size: int) -> None:
         drop_torn_line(self.ledger)
@@ -308,14 +312,12 @@ class RunDirectory:
 
     def _trim_metrics(self, size: int) -> None:
         if self._metrics.stat().st_size > size:
-            with self._metrics.open("r+b") as file:
-                file.truncate(size)
-                os.fsync(file.fileno())
+            truncate_durably(self._metrics, size)
 
 
 def _read_key(path: Path, expected: str | None) -> bytes:
     try:
-        text = path.read_bytes().decode("ascii")
+        text = read_regular(path).decode("ascii")
     except (OSError, ValueError) as error:
         raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
     return key_of(text, expected, path)

@@ -5,8 +5,8 @@ Knows the files' formats, not whether they agree with each other.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fedray.config.files import check_format
 from fedray.config.settings import SETTINGS, RunConfig
 from fedray.errors import InputError
+from fedray.privacy.durable import open_regular, parse_json, read_regular
 from fedray.privacy.levels import level_of
 from fedray.privacy.shapes import IndependentNoise
 from fedray.privacy.spec import PrivacySpec
@@ -28,6 +29,7 @@ _LEFT_OUT = (
     "out",
     "resume",
 )  # of no matter once sigma is known; the paths exist by now
+_LARGEST_HEADER = 2**26  # bytes, of a safetensors file
 _ESSENTIAL = {
     "noise_level",
     "noise_multiplier",
@@ -95,11 +97,12 @@ def checkpoints(path: Path) -> list[Path]:
 def checkpoint_texts(file: Path) -> dict[str, str] | None:
     """Return the texts that a checkpoint holds beside the parameters; None when it is damaged."""
     try:
-        with safe_open(file, "numpy") as opened:
-            texts: dict[str, str] | None = opened.metadata()
-    except (OSError, SafetensorError):
+        with open_regular(file, os.O_RDONLY) as opened:
+            header = parse_json(opened.read(min(int.from_bytes(opened.read(8), "little"), _LARGEST_HEADER)))
+        texts = header.get("__metadata__") or {}
+    except (OSError, ValueError, AttributeError):
         return None
-    return texts
+    return texts if isinstance(texts, dict) else None
 
 
 def is_number(value: Any) -> bool:
@@ -200,14 +203,18 @@ def read_model(path: Path) -> str:
     Raises:
         UntrueError: It cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
+    file = path / "model.safetensors"
     try:
-        tensors = load(bytes_of(path, "model.safetensors"))
+        with (
+            open_regular(file, os.O_RDONLY),
+            safe_open(file, "numpy") as opened,
+        ):  # which reads what it is asked for alone
+            shapes = [opened.get_slice(name).get_shape() for name in list(opened.keys())]
+    except OSError as error:
+        raise UntrueError(f"is missing or cannot be read ({error.strerror or error}).") from error
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UntrueError(f"cannot be read ({error}).") from error
-    return f"can be read: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} values."
+    return f"can be read: {len(shapes)} tensors, {sum(map(math.prod, shapes)):,} values."
 
 
 def lines_of(path: Path, name: str, finished: bool) -> tuple[list[bytes], bool]:
@@ -229,9 +236,9 @@ def bytes_of(path: Path, name: str) -> bytes:
         UntrueError: It is missing or cannot be read.
     """
     try:
-        return (path / name).read_bytes()
+        return read_regular(path / name)
     except OSError as error:
-        raise UntrueError(f"is missing or cannot be read ({error.strerror}).") from error
+        raise UntrueError(f"is missing or cannot be read ({error.strerror or error}).") from error
 
 
 def parsed(data: bytes, where: str) -> Any:
@@ -245,6 +252,6 @@ def parsed(data: bytes, where: str) -> Any:
         UntrueError: It is no JSON.
     """
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise UntrueError(f"{where}is not JSON ({error}).") from error

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedray.privacy.durable import parse_json, read_regular, write_durably
+
 
 def sealed(value: Mapping[str, Any]) -> bytes:
     """Return a mapping as one line of JSON and a line with its SHA-256."""
@@ -24,7 +26,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
     body, seal, *rest = data.split(b"\n")
     if rest != [b""] or hashlib.sha256(body).hexdigest().encode() != seal:
         raise ValueError("its checksum does not fit")
-    return json.loads(body)  # type: ignore[no-any-return]  # sealed by us
+    return parse_json(body)  # type: ignore[no-any-return]  # sealed by us
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
@@ -35,7 +37,7 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 def bytes_of(path: Path) -> bytes | None:
     """Return a file's content; None when it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return None
 
@@ -59,19 +61,10 @@ def removed_if_killed(folder: Path) -> Iterator[None]:
         watcher.communicate(b"\n")  # a line, as a child of another thread may hold the pipe open
 
 
-def write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file and sync it to the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file atomically and durably: after a crash it has the old content or the new one."""
     building = path.with_name(f".{path.name}")
-    write(building, data, mode)
+    write_durably(building, data, mode)
     building.replace(path)
     sync_directory(path.parent)
 

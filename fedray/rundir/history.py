@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedray.privacy.accounting import Charges
+from fedray.privacy.durable import parse_json, read_regular
 from fedray.privacy.ledger import GENESIS
 from fedray.rundir.evidence import RunSettings, UntrueError, checkpoint_texts, checkpoints, lines_of, parsed
 
@@ -130,10 +131,10 @@ def _check_checkpoints(path: Path, heads: list[str]) -> None:
     note = path / "checkpoint" / "ledger.json"
     notes = {file: (checkpoint_texts(file) or {}).get("description", "") for file in checkpoints(path)}
     with contextlib.suppress(OSError):
-        notes[note] = note.read_text(errors="replace")
+        notes[note] = read_regular(note).decode(errors="replace")
     for file, text in notes.items():
         try:
-            seen = json.loads(text.partition("\n")[0])  # a seal follows
+            seen = parse_json(text.partition("\n")[0])  # a seal follows
             length, head = seen["length"], seen["head"]
         except (ValueError, TypeError, KeyError):
             continue  # what is damaged there is no evidence; a run goes on from the checkpoint before

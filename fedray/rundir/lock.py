@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedray.errors import InputError
+from fedray.privacy.durable import open_regular
 
 
 @contextlib.contextmanager
@@ -23,7 +25,7 @@ def locked(directory: Path, path: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("r+b"))
+            file = stack.enter_context(open_regular(path, os.O_RDWR))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{directory} is no run directory (it has no {path.name}); check the path.") from error

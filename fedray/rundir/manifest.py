@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedray.privacy.durable import digest_of, read_regular
+
 FILES = ("config.json", "ledger.jsonl", "metrics.jsonl", "model.safetensors", "privacy.json")
 NAME = "manifest.json"
 
@@ -20,7 +22,7 @@ def manifest_of(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         OSError: A file cannot be read.
     """
-    return {"sha256": {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}}
+    return {"sha256": {name: digest_of(path / name) for name in FILES}}
 
 
 def as_bytes(manifest: Mapping[str, Mapping[str, str]]) -> bytes:
@@ -31,7 +33,7 @@ def as_bytes(manifest: Mapping[str, Mapping[str, str]]) -> bytes:
 def holds(path: Path) -> bool:
     """Tell whether all files of a finished run are there and as its manifest lists them."""
     try:
-        return (path / NAME).read_bytes() == as_bytes(manifest_of(path))
+        return read_regular(path / NAME) == as_bytes(manifest_of(path))
     except OSError:
         return False
 
@@ -42,4 +44,4 @@ def run_digest(path: Path) -> str:
     Raises:
         OSError: There is no readable manifest.
     """
-    return hashlib.sha256((path / NAME).read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(path / NAME)).hexdigest()

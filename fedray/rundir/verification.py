@@ -6,7 +6,6 @@ somebody who recomputes everything only the run digest helps, kept away from the
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges, Guarantee
+from fedray.privacy.durable import digest_of
 from fedray.privacy.levels import level_of
 from fedray.rundir import cards, evidence, manifest
 from fedray.rundir.evidence import RunSettings, UntrueError
@@ -137,7 +137,7 @@ def _check_manifest(verdict: Verdict, path: Path, digest: str | None) -> None:
 
 def _digest_of(file: Path) -> str | None:
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return digest_of(file)
     except OSError:
         return None
 
