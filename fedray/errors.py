@@ -5,6 +5,8 @@ Every error survives pickling, because it may cross from an actor to the driver.
 
 from __future__ import annotations
 
+OUTPUT_FAILED = "standard output cannot be written ({}); use --quiet, or send it elsewhere."
+
 
 class FedrayError(Exception):
     """Base of every error that fedray raises on purpose; `exit_code` is what the command line returns."""

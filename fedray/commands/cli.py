@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
+from fedray.commands.process import flush_output, interruptible, leave_output, mend_streams
 from fedray.config.data import DataSettings
 from fedray.config.federation import FederationSettings
 from fedray.config.files import nearest, settings_in
@@ -25,7 +23,7 @@ from fedray.config.rules import flag
 from fedray.config.run import RunSettings
 from fedray.config.settings import GROUPS, SETTINGS, RunConfig
 from fedray.config.training import TrainingSettings
-from fedray.errors import FedrayError, InputError, UserCodeError
+from fedray.errors import OUTPUT_FAILED, FedrayError, InputError, UserCodeError
 from fedray.pool import connection
 
 _DESCRIPTION = """Differentially private federated learning, simulated on Ray: many gateways train privately in parallel, an
@@ -66,14 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None for the process' own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    if argv is None:
+        mend_streams()
+    with interruptible(to_the_end=argv is None):
+        code = _main(arguments, own_process=argv is None)
+    if argv is None and (error := flush_output()) is not None and not isinstance(error, BrokenPipeError):
+        print(f"error: {OUTPUT_FAILED.format(error)}", file=sys.stderr)
+        return code or 1
+    return code
+
+
+def _main(arguments: list[str], own_process: bool) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
         config = parse(arguments)
-        if (
-            argv is None and config.machine.pool == "ray"
-        ):  # the process' own command line: its start is what a user waits for
+        if own_process and config.machine.pool == "ray":  # its start is what a user waits for
             threading.Thread(target=_import_early, daemon=True).start()
             connection.connect_early(config.machine.ray_address)
         return _run(config, explicit_fields(arguments))
@@ -85,14 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(note, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever read the output has gone, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        leave_output()
+        return 1
+    except OSError as error:  # files have errors of their own; what is left is a command that prints
+        leave_output()
+        print(f"error: {OUTPUT_FAILED.format(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the round under way was abandoned; what was written is intact.", file=sys.stderr)
         return 130
     finally:
         connection.abandon_early()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -151,10 +160,6 @@ def _run(config: RunConfig, explicit: set[str]) -> int:
 def _import_early() -> None:
     with contextlib.suppress(BaseException):  # the process may end meanwhile; what is wrong shows where it is needed
         importlib.import_module("fedray.orchestrator.rounds")
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _file(arguments: Sequence[str]) -> Path | None:

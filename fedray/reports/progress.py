@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
+from fedray.errors import OUTPUT_FAILED, RunFailedError
 from fedray.reports.callback import End, RoundDone, Start
 
 _SHOWN_ROUNDS = 20  # rows of the live table
@@ -31,15 +33,18 @@ class Terminal:
 
     def on_start(self, start: Start) -> None:
         """Show the plan and its warnings."""
-        self.show_plan("fedray", start.rows, start.warnings)
+        with _writing():
+            self.show_plan("fedray", start.rows, start.warnings)
 
     def on_round(self, done: RoundDone) -> None:
         """Show a finished round."""
-        self._show_round(done.record, done.rounds)
+        with _writing():
+            self._show_round(done.record, done.rounds)
 
     def on_end(self, end: End) -> None:
         """Show the closing sentences."""
-        self.say(end.sentences)
+        with _writing():
+            self.say(end.sentences)
 
     def show_plan(self, title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
         """Show a plan and its warnings."""
@@ -82,6 +87,17 @@ class Terminal:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Tell a standard output that fails from a run directory that does."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunFailedError(OUTPUT_FAILED.format(error)) from error
 
 
 def _cells(record: Mapping[str, Any]) -> list[tuple[str, str]]:
