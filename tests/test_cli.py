@@ -98,8 +98,11 @@ def test_parse_takes_every_kind_of_value() -> None:
     )
 
 
-def test_parse_takes_the_last_of_a_repeated_flag() -> None:
-    assert parse(["--rounds", "3", "--rounds", "4"]).federation.rounds == 4
+def test_parse_takes_the_last_of_a_repeated_flag_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--rounds", "3", "--rounds=3"]).federation.rounds == 3
+    assert capsys.readouterr().err == ""
+    assert parse(["--local-steps", "3", "--local_steps=4"]).training.local_steps == 4
+    assert capsys.readouterr().err == "warning: --local-steps is given twice, as '3' and '4'; the last one counts.\n"
 
 
 def test_parse_reads_a_file_of_settings(tmp_path: Path) -> None:

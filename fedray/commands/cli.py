@@ -112,6 +112,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         SystemExit: --help was asked for.
     """
     path = _file(arguments)
+    if not {"-h", "--help"} & set(arguments) and (problem := _mistake(arguments)) is not None:
+        raise InputError(problem)
     file_arguments = [] if path is None else _file_arguments(path)
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -125,10 +127,28 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # The parser's own message is a framed box of several lines: say what is wrong in one sentence instead.
-        problem = _mistake(arguments) or f"the arguments cannot be read ({_one_line(said.getvalue())}); see --help."
-        raise InputError(problem) from None
-    return RunConfig(**{name: getattr(settings, name) for name in GROUPS})
+        # The parser's own message is a framed box of several lines.
+        raise InputError(f"the arguments cannot be read ({_one_line(said.getvalue())}); see --help.") from None
+    config = RunConfig(**{name: getattr(settings, name) for name in GROUPS})
+    _say_repeated(arguments)
+    return config
+
+
+def _say_repeated(arguments: Sequence[str]) -> None:
+    """Say on standard error when a flag is given twice with different values."""
+    seen: dict[str, str] = {}
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name == "--":
+            continue
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        value = value if equals else "" if following.startswith("--") else following
+        name = "--" + name.removeprefix("--").replace("_", "-")
+        if seen.setdefault(name, value) != value:
+            print(
+                f"warning: {name} is given twice, as {seen[name]!r} and {value!r}; the last one counts.",
+                file=sys.stderr,
+            )
 
 
 def explicit_fields(arguments: Sequence[str]) -> set[str]:

@@ -115,7 +115,10 @@ def _settings(given: argparse.Namespace, unknown: Unknown) -> list[Setting]:
     Raises:
         InputError: A value breaks a rule.
     """
-    from fedray.privacy.planning import Setting  # numpy-free, but the accountant: --help answers without it
+    from fedray.privacy.planning import (  # numpy-free, but the accountant: --help answers without it
+        LARGEST_RECORDS,
+        Setting,
+    )
 
     values = {name: getattr(given, name) for name in _SOLVABLE if getattr(given, name) is not None}
     levels: tuple[NoiseLevelName, ...] = _LEVELS if given.noise_level == "all" else (given.noise_level,)
@@ -123,6 +126,8 @@ def _settings(given: argparse.Namespace, unknown: Unknown) -> list[Setting]:
     for level in levels:
         weights: WeightsName = "uniform" if given.noise_level == "all" and level == "gateway" else given.weights
         setting = Setting(noise_level=level, gateways=given.gateways, delta=given.delta, weights=weights, **values)
+        if setting.records > LARGEST_RECORDS:
+            raise InputError(f"--records is {setting.records}; it must be at most {LARGEST_RECORDS:,}.")
         RunConfig().resolve(  # the rules of a run's own settings hold here as well
             noise_level=setting.noise_level,  # never "none" here
             noise_multiplier=setting.noise_multiplier,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedray.commands.arguments import Arguments
-from fedray.errors import RunFailedError
+from fedray.errors import InputError, RunFailedError
 
 _DESCRIPTION = """Writes report.html: curves, the privacy card in plain words, audit results when audit.json lies in the run
 directory, verification, placement, phase times and settings, in one file that needs no network. An unfinished or damaged run gets
@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
     from fedray.rundir.files import replace
 
     out = given.rundir / "report.html" if given.out is None else given.out
+    if not out.name or out.is_dir() or "\0" in str(out):
+        raise InputError(f"--out is {str(given.out)!r}; it must name a file.")
     page = render(given.rundir)
     try:
         replace(out, page.encode())

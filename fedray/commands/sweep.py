@@ -91,15 +91,14 @@ def configs_of(
     Raises:
         InputError: A value breaks a rule.
     """
-    base = config.resolve(
-        pool="inline", out=None, quiet=True, noise_level="none", noise_multiplier=None, target_epsilon=None
-    )
+    base = config.resolve(pool="inline", out=None, quiet=True, noise_multiplier=None, target_epsilon=None)
+    bare = {"clip_norm": 1.0, "max_epsilon": None}  # level none clips and promises nothing
     found = []
     for level in levels:
         noises: list[dict[str, float]] = [{"noise_multiplier": value} for value in noise_multipliers]
         noises += [{"target_epsilon": value} for value in target_epsilons]
         found += [
-            base.resolve(noise_level=level, seed=seed, **noise)
+            base.resolve(noise_level=level, seed=seed, **(bare if level == "none" else noise))
             for noise in ([{}] if level == "none" else noises)
             for seed in seeds
         ]

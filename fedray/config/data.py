@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fedray.config.rules import Count, check, text
+from fedray.config.rules import Records, check, text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class DataSettings:
     """toy, digits, or module:function; function(gateways) returns (train, test)."""
     partition: Annotated[str, text("iid, dirichlet:ALPHA or module:name")] = "iid"
     """How one data set is split over gateways: iid, dirichlet:ALPHA (label skew; smaller ALPHA, more), or module:name."""
-    samples_per_gateway: Count | None = None
+    samples_per_gateway: Records | None = None
     """Public nominal shard size, in records: 4096 on toy; needed where shards are loaded lazily."""
 
     def __post_init__(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fedray.config.rules import Count, Positive, Share, check, text
+from fedray.config.rules import Count, Gateways, Positive, Share, check, text
 
 
 @dataclass(frozen=True, kw_only=True)
 class FederationSettings:
     """Who takes part, and what becomes of their updates."""
 
-    gateways: Count = 16
+    gateways: Gateways = 16
     """How many gateways (FL clients) take part."""
     rounds: Count = 10
     """Rounds of broadcast, local training, gather and average."""

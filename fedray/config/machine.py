@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from fedray.config.rules import Count, CountFromZero, Positive, check, text
+from fedray.config.rules import Address, Count, CountFromZero, Mebibytes, Positive, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +14,13 @@ class MachineSettings:
 
     pool: Literal["ray", "inline"] = "ray"
     """Where gateways run: Ray actors, or this process (debugging)."""
-    ray_address: Annotated[str, text("an address such as host:port")] | None = None
+    ray_address: Address | None = None
     """Address of a Ray cluster (default: RAY_ADDRESS if set, else a local Ray of this machine)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gateways train; auto takes GPUs where there are any."""
     gateways_per_actor: Literal["auto"] | Count = "auto"
     """Gateways that one actor hosts; auto gives each gateway its own actor while there is a slot for it."""
-    memory_limit: Count | None = None
+    memory_limit: Mebibytes | None = None
     """Memory that one actor's training may take, in MiB (default: its share of half the machine's or GPU's memory)."""
     max_failures: CountFromZero = 10
     """How many lost actors a run replaces before it gives up; 0: none."""

@@ -40,8 +40,18 @@ def is_whole(value: Any, least: int, below: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < below
 
 
-Count = Annotated[int, Rule("a whole number of at least 1", lambda value: is_whole(value, 1))]
-CountFromZero = Annotated[int, Rule("a whole number of at least 0", lambda value: is_whole(value, 0))]
+def count(largest: int, least: int = 1) -> Rule:
+    """Return the rule of a number of things; what is larger than any run would otherwise fail late, in other words."""
+    return Rule(
+        f"a whole number of at least {least} and at most {largest:,}", lambda v: is_whole(v, least, largest + 1)
+    )
+
+
+Count = Annotated[int, count(10**6)]
+CountFromZero = Annotated[int, count(10**6, least=0)]
+Gateways = Annotated[int, count(10**7)]
+Records = Annotated[int, count(10**9)]
+Mebibytes = Annotated[int, count(10**9)]
 Positive = Annotated[float, Rule("a positive, finite number", lambda value: is_number(value) and value > 0)]
 Share = Annotated[
     float, Rule("a number above 0 and at most 1", lambda value: is_number(value) and 2.0**-32 <= value <= 1)
@@ -60,6 +70,21 @@ NoiseMultiplier = Annotated[
     ),
 ]
 Seed = Annotated[int, Rule("a whole number between 0 and 2^63 - 1", lambda value: is_whole(value, 0, below=2**63))]
+
+
+def _is_path(value: Any) -> bool:
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return isinstance(value, Path) and "\0" not in text and not text.startswith("~") and value.name not in ("", "..")
+
+
+RunPath = Annotated[Path, Rule("a path with a name, of Unicode text and without ~, which no shell replaced", _is_path)]
+
+
+Address = Annotated[str, Rule("an address such as host:port", lambda value: isinstance(value, str) and value != "")]
 
 
 def text(words: str) -> Rule:
@@ -121,7 +146,7 @@ class Declaration:
                 self.kind(str(value))
             except ValueError:
                 return False
-            return True
+            return str(value).isascii()  # other scripts have digits, too
         return isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fedray.config.rules import Seed, check, text
+from fedray.config.rules import RunPath, Seed, check, text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +15,9 @@ class RunSettings:
 
     seed: Seed | None = None
     """Makes the run reproducible, and its noise predictable: simulation only. Without it the noise is strong."""
-    out: Path | None = None
+    out: RunPath | None = None
     """Run directory to create (default: runs/<UTC time>-<noise level>)."""
-    resume: Path | None = None
+    resume: RunPath | None = None
     """Go on with this run directory; with --rounds, extend a finished run to that many rounds."""
     no_keep_key: bool = False
     """Keep the round keys in memory only: a stopped run cannot be resumed, its directory gives no noise away."""
@@ -31,6 +31,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Turn paths that are text into paths, and check every field on its own."""
         for name in ("out", "resume"):
-            if isinstance(value := getattr(self, name), str):
+            if isinstance(value := getattr(self, name), str) and value:  # Path("") is the current directory
                 object.__setattr__(self, name, Path(value))
         check(self)

@@ -88,6 +88,20 @@ def is_named(seam: str, value: str) -> bool:
     return name in SEAMS[seam].own or name in importlib.metadata.entry_points(group=f"fedray.{seam}").names
 
 
+def users_code(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the module:name texts in settings that name a user's own code, by setting."""
+    seams = {seam.setting: name for name, seam in SEAMS.items()}
+    found: dict[str, list[str]] = {}
+    for setting in (*seams, "model"):
+        values = (
+            str(settings.get(setting) or "").split(",") if setting == "track" else [str(settings.get(setting) or "")]
+        )
+        own = [v for v in values if is_reference(v) and (setting not in seams or not is_named(seams[setting], v))]
+        if own:
+            found[setting] = own
+    return found
+
+
 def find(seam: str, value: str) -> Any:
     """Return the implementation that a setting's value names, newly made.
 

@@ -61,6 +61,11 @@ class RunConfig:
                     f"{flag(name)} is {getattr(privacy, name):g} but --noise-level {level.name} has no noise and promises "
                     "nothing; choose sample, batch or gateway."
                 )
+        if not level.is_private and privacy.clip_norm != PrivacySettings.clip_norm:
+            raise InputError(
+                f"--clip-norm is {privacy.clip_norm:g} but --noise-level {level.name} clips nothing; leave it out, or choose "
+                "sample, batch or gateway."
+            )
         if level.central_noise and self.federation.weights == "records":
             raise InputError(
                 f"--weights is 'records' with --noise-level {level.name}; weights change the sensitivity of the sum, "
@@ -174,7 +179,7 @@ def _check_out(out: Path) -> None:
             kind = "not empty" if out.is_dir() else "a file"
             raise InputError(f"--out {out} exists and is {kind}; it must be a new or empty directory.")
         parent = next(parent for parent in out.absolute().parents if parent.exists())
-    except OSError as error:  # a name that is too long, a directory that may not be read
+    except (OSError, ValueError) as error:  # a name that is too long, a directory that may not be read
         raise InputError(f"--out {out} cannot be used ({error}); it must be a new or empty directory.") from error
     if not parent.is_dir():
         raise InputError(f"--out {out} lies under {parent}, which is a file; choose a path under a directory.")

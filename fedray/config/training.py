@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fedray.config.rules import Count, Positive, check, text
+from fedray.config.rules import Count, Positive, Records, check, text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class TrainingSettings:
     """Replace layers that private training forbids (BatchNorm) by what Opacus puts in their place (GroupNorm)."""
     local_steps: Count = 16
     """Optimizer steps of each gateway in a round."""
-    batch_size: Count = 64
+    batch_size: Records = 64
     """B, the expected and public size of a Poisson batch, in records."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Local optimizer; it starts fresh each round."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import os
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fedray.errors import InputError
@@ -46,18 +48,45 @@ def find_function(name: str, flag: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]  # checked to be callable
 
 
+def source_of(name: str) -> bytes | None:
+    """Return the source of the module that module:function names, found without running any of it; None where there is none.
+
+    Libraries and the standard library have none here: their functions are nobody's model or data.
+    """
+    module = name.partition(":")[0]
+    if is_library(module):
+        return None
+    places: list[str] | None = [os.getcwd(), *sys.path]
+    spec = None
+    parts = module.split(".")
+    for number in range(len(parts)):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[: number + 1]), places)
+        if spec is None:
+            return None
+        places = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    try:
+        return Path(str(spec.origin)).read_bytes() if spec is not None else None
+    except OSError:
+        return None
+
+
 def call(function: Callable[..., Any], name: str, flag: str, *arguments: Any) -> Any:
     """Call a user's function.
 
     Raises:
         InputError: It raised.
     """
+    process = os.getpid()
     try:
-        return function(*arguments)
+        found = function(*arguments)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise InputError(
             f"{flag} {name}: {name.rpartition(':')[2]} raised {type(error).__name__}: {error}; it must return without error."
         ) from error
+    finally:
+        if os.getpid() != process:  # it forked: this process must not go on with the run as well
+            os._exit(1)
+    return found
 
 
 def code_digest(parts: Iterable[Any]) -> str:

@@ -48,7 +48,7 @@ class Dirichlet:
         alpha: Concentration; a smaller one gives more skew.
 
     Raises:
-        InputError: It is no positive number.
+        InputError: It is no number between 1e-6 and 1e6.
     """
 
     def __init__(self, alpha: str = "") -> None:
@@ -56,9 +56,11 @@ class Dirichlet:
             self.alpha = float(alpha)
         except ValueError:
             self.alpha = float("nan")
-        if not 0 < self.alpha < float("inf"):
+        if not 1e-6 <= self.alpha <= 1e6:
             given = f"dirichlet:{alpha}" if alpha else "dirichlet"
-            raise InputError(f"--partition is {given!r}; it must be iid or dirichlet:ALPHA with ALPHA > 0.")
+            raise InputError(
+                f"--partition is {given!r}; it must be iid or dirichlet:ALPHA with ALPHA > 0, between 1e-6 and 1e6."
+            )
 
     def split(self, targets: npt.NDArray[Any], gateways: int, rng: np.random.Generator) -> Indices:
         """Return G arrays that cover all records; a gateway that drew none gets one from the largest."""

@@ -19,6 +19,7 @@ NUM_CLASSES = 4
 NUM_FEATURES = 16
 NUM_TEST = 4000
 DEFAULT_RECORDS = 4096
+_MOST_RECORDS = 10**7  # 2 GB while a shard is drawn
 _PUBLIC_KEY = b"fedray toy data, a public key..."
 
 
@@ -56,6 +57,10 @@ class Toy:
             )
         alpha = partitioner.alpha if isinstance(partitioner, Dirichlet) else None
         records, test = wanted.samples_per_gateway or DEFAULT_RECORDS, held_out()
+        if records > _MOST_RECORDS:
+            raise InputError(
+                f"--samples-per-gateway is {records} with --dataset toy; it must be at most {_MOST_RECORDS:,}."
+            )
         return Federation(
             shards=ToyShards(wanted.gateways, records, alpha),
             test=test,

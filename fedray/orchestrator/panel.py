@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from fedray.orchestrator.plan import Plan
+from fedray.orchestrator.session import Session
 from fedray.pool.pool import PoolInfo
 from fedray.privacy.accounting import Guarantee
 from fedray.rundir import cards
@@ -42,18 +41,16 @@ def privacy_rows(plan: Plan, planned: Sequence[Guarantee]) -> list[tuple[str, st
     ]  # fmt: skip
 
 
-def closing_sentences(
-    plan: Plan, found: Sequence[Guarantee], history: Sequence[dict[str, Any]], path: Path, stopped: str | None
-) -> list[str]:
+def closing_sentences(plan: Plan, found: Sequence[Guarantee], session: Session, stopped: str | None) -> list[str]:
     """Return what a reader should take home from the run."""
     lines = [] if stopped is None else [stopped]
-    if history and history[-1]["accuracy"] is not None:
-        lines.append(f"accuracy {history[-1]['accuracy']:.4f} on held-out data after {len(history)} rounds.")
+    last = session.last_record
+    if last is not None and last["accuracy"] is not None:
+        lines.append(f"accuracy {last['accuracy']:.4f} on held-out data after {last['round']} rounds.")
     lines += [cards.sentence(guarantee) for guarantee in found] or ["no privacy: --noise-level none promises nothing."]
     if plan.config.run.seed is not None and found:
         lines.append("simulation only: with --seed the noise can be predicted by whoever knows the seed.")
-    if history:
-        speeds = sorted(record["samples_per_s"] for record in history)
-        lines.append(f"{speeds[len(speeds) // 2]:,.0f} samples/s (median round).")
-    lines.append(f"files: {path}")
+    if session.speeds:
+        lines.append(f"{sorted(session.speeds)[len(session.speeds) // 2]:,.0f} samples/s (median round).")
+    lines.append(f"files: {session.files.path}")
     return lines

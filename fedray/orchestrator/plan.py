@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class Plan:
     """
 
     config: RunConfig
-    setup_key: bytes
-    first_round_key: bytes
+    setup_key: bytes = field(repr=False)
+    first_round_key: bytes = field(repr=False)
     spec: PrivacySpec
     federation: Federation
     model: torch.nn.Module

@@ -212,6 +212,12 @@ def _calibrated(spec: PrivacySpec, config: RunConfig, noise_multiplier: float | 
             raise InputError(
                 f"--target-epsilon is {config.privacy.target_epsilon:g} but {error}; raise it, or plan fewer rounds or steps."
             ) from error
+        least = accounting.first_epsilon(spec, charges)
+        if spec.noise_multiplier <= accounting.SMALLEST_SIGMA and least < 0.999 * config.privacy.target_epsilon:
+            raise InputError(
+                f"--target-epsilon is {config.privacy.target_epsilon:g} but the least noise that is looked for, sigma "
+                f"{accounting.SMALLEST_SIGMA:g}, ends at {least:.4g} already; lower it, or give --noise-multiplier."
+            )
     if config.privacy.max_epsilon is not None:
         first = accounting.first_epsilon(spec, Charges(steps=config.training.local_steps, rounds=1))
         if first > config.privacy.max_epsilon:

@@ -109,7 +109,9 @@ class Publisher:
         record = self._record(outcome, checkpoint, charges)
         self._session.files.append_metrics(record)
         self._session.files.save(checkpoint, self._session.ledger)
-        self._session.history.append(record)
+        self._session.last_record = record
+        self._session.speeds.append(record["samples_per_s"])
+        self._session.ledger.forget(outcome.round)
         params = checkpoint.params.view()
         params.setflags(write=False)
         done = RoundDone(record=record, rounds=self._plan.config.federation.rounds, params=params)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedray.config.rules import flag
+from fedray.config.seams import users_code
 from fedray.config.settings import DEFAULTS, RunConfig
+from fedray.config.user_code import source_of
 from fedray.errors import DamagedRunError, InputError
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.privacy.accounting import Charges
+from fedray.privacy.streams import mac
 from fedray.rundir import manifest
 from fedray.rundir.directory import RunDirectory, SavedState
 
@@ -66,7 +69,7 @@ class ResumedRun:
         """
         different = self.files.differences(plan.identity(macs or {}))
         if macs is None:
-            different = [name for name in different if not name.startswith("shard ")]
+            different = [name for name in different if not name.startswith("shard")]
         if different:
             raise InputError(
                 f"{', '.join(different[:5])} of {self.files.path} {'is' if len(different) == 1 else 'are'} not what the run "
@@ -98,13 +101,39 @@ def planned(
         stack: Holds the lock of a resumed directory.
 
     Raises:
-        InputError: The run cannot start or go on.
+        InputError: The run cannot start or go on, or the directory names code that nobody else does.
     """
     if config.run.resume is None:
         return prepare(config, parts), None
     reopened = reopen(config.run.resume, stack, mend=not config.run.dry_run)
     config, sigma = settings_of(reopened, config, explicit)
+    _check_code(reopened, config, parts, explicit)
     return prepare(config, parts, reopened.state.setup_key, sigma), reopened
+
+
+def _check_code(reopened: ResumedRun, config: RunConfig, parts: UserParts, explicit: Collection[str] | None) -> None:
+    """Refuse to run code that a run directory names and nobody else does: it may be anybody's directory.
+
+    It is run when its source is the one that the run began with, or when the caller names it again.
+    """
+    recorded = reopened.state.checkpoint.card.get("code") or {}
+    brought = {"dataset": parts.shards, "model": parts.model, "task": parts.task}
+    for setting, names in users_code(config.as_dict()).items():
+        if setting in (explicit or ()) or brought.get(setting) is not None:
+            continue
+        found = code_mac(reopened.state.setup_key, names)
+        if found is None or found != recorded.get(setting):
+            value = ",".join(names)
+            raise InputError(
+                f"{reopened.files.path} names {value} for {flag(setting)}, code that would run now, and it is not the code "
+                f"that the run began with; if you trust it, name it again: {flag(setting)} {value}."
+            )
+
+
+def code_mac(setup_key: bytes, names: Sequence[str]) -> str | None:
+    """Return the MAC of the sources that module:name texts name; None where one has no source."""
+    sources = [source_of(name) for name in names]
+    return None if None in sources else mac(setup_key, b"code " + repr(sources).encode())
 
 
 def reopen(path: Path, stack: ExitStack, mend: bool = True) -> ResumedRun:

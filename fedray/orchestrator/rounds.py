@@ -123,6 +123,7 @@ class Orchestrator:
             macs = pool.load(self.plan.setup_key) if self.plan.federation.lazy else {}
             rows, warnings = panel_rows(self.plan, info, curve.planned()), curve.warnings()
             session = Session.open(self.plan, self._restored, info, macs, self._stack)
+            pool.say_at_the_end(_remedy(session))
             start = Start(
                 path=session.files.path,
                 rounds=self.plan.config.federation.rounds,
@@ -199,9 +200,9 @@ class Orchestrator:
         files.write_json("privacy.json", card)
         files.write_json(manifest.NAME, manifest.manifest_of(files.path))
         files.forget_keys()
-        closing = closing_sentences(plan, found, session.history, files.path, stopped)
+        closing = closing_sentences(plan, found, session, stopped)
         self._end(files.path, [*closing, f"run digest: {manifest.run_digest(files.path)}"], stopped, card)
-        return Run(model=plan.model, history=tuple(session.history), privacy=card, path=files.path, stopped=stopped)
+        return Run(model=plan.model, history=tuple(files.metrics()), privacy=card, path=files.path, stopped=stopped)
 
     def _complete_already(self) -> Run:
         assert self._restored is not None

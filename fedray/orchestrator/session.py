@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import numpy.typing as npt
 
 from fedray.algorithms.server_optimizer import State
 from fedray.config.files import upgraded
+from fedray.config.seams import users_code
 from fedray.config.settings import RunConfig
 from fedray.orchestrator.plan import Plan
-from fedray.orchestrator.resuming import ResumedRun
+from fedray.orchestrator.resuming import ResumedRun, code_mac
 from fedray.pool.pool import PoolInfo
+from fedray.privacy.core_dumps import without_core_dumps
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.streams import (
     RoundKeys,
@@ -39,7 +42,8 @@ class Session:
     Args:
         files: The run directory.
         ledger: What was charged.
-        history: Metrics records of the finished rounds.
+        last_record: Metrics record of the last finished round; None before the first.
+        speeds: Samples a second of each finished round.
         round: The last finished round.
         generation: How often the run was extended.
         params: `[P]` after it.
@@ -52,12 +56,13 @@ class Session:
 
     files: RunDirectory
     ledger: Ledger
-    history: list[dict[str, Any]]
+    last_record: Mapping[str, Any] | None
+    speeds: array[float]
     round: int
     generation: int
     params: npt.NDArray[np.float32]
     server_state: State
-    round_key: bytes
+    round_key: bytes = field(repr=False)
     card: Mapping[str, Any]
     keep_key: bool
     device: str
@@ -73,10 +78,13 @@ class Session:
             InputError: Data or model of a resumed run are not what they were.
             RunFailedError: The disk refuses.
         """
+        without_core_dumps()
         config = plan.config
         card = cards.config_card(config.resolve(resume=None), plan.spec, info.summary)
         if reopened is None:
             params, key = plan.layout.flatten(plan.model), plan.first_round_key
+            named = users_code(config.as_dict())
+            card |= {"code": {setting: code_mac(plan.setup_key, names) for setting, names in named.items()}}
             start = Checkpoint(
                 round=0,
                 params=params,
@@ -90,7 +98,8 @@ class Session:
             return cls(
                 files=files,
                 ledger=ledger,
-                history=[],
+                last_record=None,
+                speeds=array("d"),
                 round=0,
                 generation=0,
                 params=params,
@@ -112,7 +121,8 @@ class Session:
         session = cls(
             files=files,
             ledger=state.ledger,
-            history=state.history,
+            last_record=state.history[-1] if state.history else None,
+            speeds=array("d", [record["samples_per_s"] for record in state.history]),
             round=last.round,
             generation=last.generation,
             params=last.params,

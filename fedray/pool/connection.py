@@ -6,19 +6,27 @@ itself.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedray.errors import InputError
+from fedray.pool.watch import Watch
 
 CONNECT_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 120.0
+_SESSIONS = "fedray-ray-"  # a process number follows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +36,24 @@ class Connection:
     Args:
         ray: The library.
         owned: Whether fedray made the connection, and so has to end it.
+        folder: Of the session of a local Ray that fedray started; None else.
     """
 
     ray: Any
     owned: bool
+    folder: Path | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a local Ray that fedray started."""
+        return self.folder is not None
 
     def close(self) -> None:
         """End the connection, and Ray itself where it is local, if fedray made it."""
         if self.owned:
             self.ray.shutdown()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 _early: Connection | None = None
@@ -99,10 +116,14 @@ def _connect(address: str | None) -> Connection:
     # A pool raises what its calls raise. Ray would print those as well that nobody asked for as the run had failed already.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     _check_reachable(address)
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    folder, options = None, dict[str, Any]()
+    if address == "local":
+        folder = _session_folder()
+        options = {"include_dashboard": False, "_temp_dir": str(folder), "_node_ip_address": "127.0.0.1"}
     terminate = signal.getsignal(signal.SIGTERM)
+    watch = Watch()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _private_files(address == "local"), watch.within(START_TIMEOUT_S, "answer"):
             warnings.simplefilter("ignore", FutureWarning)  # some releases tell users what a later one will do
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -110,9 +131,32 @@ def _connect(address: str | None) -> Connection:
             f"--ray-address {address} cannot be reached ({error}); start a cluster there, or leave it out; if one runs "
             "there, RAY_AUTH_MODE and RAY_AUTH_TOKEN must be the same here as there."
         ) from error
+    finally:
+        watch.close()
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place, which prints and exits with 15
-    return Connection(ray=ray, owned=True)
+    return Connection(ray=ray, owned=True, folder=folder)
+
+
+def _session_folder() -> Path:
+    """Return a new folder, readable for nobody else, for what a local Ray keeps; remove those of processes that were killed."""
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{_SESSIONS}*-*"):
+        pid = left.name.removeprefix(_SESSIONS).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and left.stat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_SESSIONS}{os.getpid()}-", dir=place))
+
+
+@contextlib.contextmanager
+def _private_files(wanted: bool) -> Iterator[None]:
+    """Make files that Ray's processes create readable for their owner alone."""
+    before = os.umask(0o077) if wanted else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.umask(before)
 
 
 def _check_kind(address: str) -> None:

@@ -64,6 +64,10 @@ class Inspection:
 class Pool(Protocol):
     """Runs gateways. `start` comes first, `close` last; each `begin` is followed by `collect`."""
 
+    def say_at_the_end(self, remedy: str) -> None:
+        """Take what a last sentence ends with, should the pool have to end the process: how the run can go on."""
+        ...
+
     def describe(self) -> str:
         """Return where gateways would run, without starting what trains.
 

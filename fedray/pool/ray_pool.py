@@ -23,11 +23,13 @@ from fedray.pool.machines import describe, machines_of, survey
 from fedray.pool.placement import place
 from fedray.pool.pool import FailurePolicy, Inspection, PoolInfo, cohort_by_group
 from fedray.pool.ray_actors import START_TIMEOUT_S, ActorLostError, RayActors, last_line, names_of
+from fedray.pool.watch import Watch, watched
 from fedray.pool.worker import WorkerSetup
 from fedray.privacy.streams import RoundKeys
 
 log = logging.getLogger("fedray")
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
+CLOSE_TIMEOUT_S = 20.0
 
 
 @dataclass
@@ -82,7 +84,13 @@ class RayPool:
         self._failures = 0
         self._kind = ""
         self._round: _Round | None = None
+        self.watch = Watch()
 
+    def say_at_the_end(self, remedy: str) -> None:
+        """See `Pool.say_at_the_end`."""
+        self.watch.remedy = remedy
+
+    @watched("answer", lambda pool: START_TIMEOUT_S)
     def connect(self) -> RayActors:
         """Connect to Ray, or start it, and place the actors without starting them.
 
@@ -91,6 +99,8 @@ class RayPool:
         """
         self._connection = connection.connect(self._address)
         self._ray = ray = self._connection.ray
+        if self._connection.local:
+            self.watch.processes(ray)
         self._nodes = machines_of(ray)
         has_gpus = any(machine.num_gpus >= 1 for machine in self._nodes)
         if self._device == "cuda" and not has_gpus:
@@ -111,6 +121,7 @@ class RayPool:
         """See `Pool.describe`."""
         return self.connect().placement.describe()
 
+    @watched("survey its machines", lambda pool: pool._patience.placement_timeout_s + 2 * START_TIMEOUT_S)
     def inspect(self, modules: Sequence[str], marker: Path | None) -> Inspection:
         """See `Pool.inspect`."""
         (self._actors or self.connect()).reserve_gpus()
@@ -127,6 +138,7 @@ class RayPool:
             rows.append(("files", f"{marker.parent}: writable on {found.sharing} of {len(self._nodes)} nodes"))
         return Inspection(rows=tuple(rows), remarks=found.remarks)
 
+    @watched("start its actors", lambda pool: pool._patience.placement_timeout_s + 2 * START_TIMEOUT_S)
     def start(self) -> PoolInfo:
         """Start all actors and wait until they are ready."""
         actors = self._actors or self.connect()
@@ -163,12 +175,13 @@ class RayPool:
             hardware=tuple(actors.hardware[index] for index in range(len(placement.actors))),
         )
 
+    @watched("load the shards", lambda pool: max(START_TIMEOUT_S, pool._patience.round_timeout_s))
     def load(self, key: bytes) -> dict[int, str]:
         """See `Pool.load`."""
         actors = self._started
-        groups = actors.placement.groups
         limit = max(START_TIMEOUT_S, self._patience.round_timeout_s)
         deadline = time.monotonic() + limit
+        groups = actors.placement.groups
         calls = {index: actors.by_group[index].load.remote(group, key) for index, group in enumerate(groups)}
         found: dict[int, str] = {}
         while calls:
@@ -181,6 +194,7 @@ class RayPool:
                 calls[index] = actors.by_group[index].load.remote(groups[index], key)
         return found
 
+    @watched("begin the round", lambda pool: pool._patience.round_timeout_s)
     def begin(self, keys: RoundKeys, params: npt.NDArray[np.float32], cohort: Sequence[int]) -> None:
         """See `Pool.begin`."""
         actors = self._started
@@ -196,6 +210,7 @@ class RayPool:
         for index in self._round.groups:
             self._call(index)
 
+    @watched("finish the round", lambda pool: pool._left())
     def collect(self) -> list[GroupResult]:
         """See `Pool.collect`."""
         current, actors = self._round, self._started
@@ -227,17 +242,21 @@ class RayPool:
         self._round = None  # lets go of the broadcast parameters
         return [results[index] for index in sorted(results)]
 
+    @watched("stop", lambda pool: CLOSE_TIMEOUT_S)
     def close(self) -> None:
         """Stop the actors, and Ray if this pool started it."""
-        if self._ray is None:
-            return
         if self._actors is not None:
             self._actors.close()
             self._actors = None
         self._round = None
         if self._connection is not None:
+            self.watch.close_processes()
             self._connection.close()
             self._connection = None
+        self.watch.close()
+
+    def _left(self) -> float:
+        return 0.0 if self._round is None else max(0.0, self._round.deadline - time.monotonic())
 
     def _names(self, index: int) -> str:
         return names_of(self._started.placement.groups[index])

@@ -20,6 +20,7 @@ from fedray.errors import GatewayError, InputError
 from fedray.models.layout import Layout
 from fedray.pool.hardware import hardware_of
 from fedray.privacy.clipping import clip_rows
+from fedray.privacy.core_dumps import without_core_dumps
 from fedray.privacy.levels import level_of
 from fedray.privacy.streams import RoundKeys, mac
 from fedray.training.engines import Engine, new_trainer
@@ -115,6 +116,7 @@ class Worker:
     """
 
     def __init__(self, setup: WorkerSetup, device: torch.device, sharing: int = 1) -> None:
+        without_core_dumps()
         limit = memory_share(device, sharing) if setup.memory_limit is None else setup.memory_limit
         self.hardware = f"{hardware_of(device)}; {limit} bytes to train in"
         self._setup = setup

@@ -13,7 +13,7 @@ from fedray.privacy.levels import Adjacency, Claim, Event, Unit, level_of
 from fedray.privacy.loss import Direction, PrivacyLoss
 from fedray.privacy.spec import PrivacySpec
 
-_SMALLEST_SIGMA = 0.05  # where calibration stops to look for less noise
+SMALLEST_SIGMA = 0.05  # where calibration stops to look for less noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +190,9 @@ def calibrate(spec: PrivacySpec, charges: Charges, target_epsilon: float, tolera
         if high > 1e6:
             raise ValueError("no noise multiplier up to 1e6 reaches the target")
     while fits(low):
-        if low <= _SMALLEST_SIGMA:
+        if low <= SMALLEST_SIGMA:
             return low
-        low, high = max(low / 2, _SMALLEST_SIGMA), low
+        low, high = max(low / 2, SMALLEST_SIGMA), low
     while high / low > 1 + tolerance:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -75,18 +75,21 @@ class Ledger:
         self._incarnation = ""  # the last one in the file
         self._wanted_incarnation: str | None = None  # None: go on under that one
         self._incarnation_of: dict[tuple[int, int], str] = {}  # by round and attempt
+        self._forgotten = 0  # entries that are no longer held
         self._entries: list[Entry] = []
         self._of_round: defaultdict[int, list[Entry]] = defaultdict(list)
         self._most = [Charges(steps=0, rounds=0)]  # after each entry
         self._heads = [GENESIS]
         self._tally = Tally()
+        self._numbers: Counter[str] = Counter()  # of extensions and incarnations
+        self._incomplete: set[int] = set()
         for entry in entries:
             self._remember(entry)
-        self._read = len(self._entries)  # what another process may have acted upon
+        self._read = len(self)  # what another process may have acted upon
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All events, in order."""
+        """All events that are held, in order."""
         return tuple(self._entries)
 
     @property
@@ -95,11 +98,27 @@ class Ledger:
         return self._heads[-1]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._forgotten + len(self._entries)
+
+    def forget(self, before: int) -> None:
+        """Hold no longer what no later round asks for, so that a long run needs no more memory than a short one.
+
+        Args:
+            before: A round that is done and in a checkpoint, as are all before it.
+        """
+        number = 0
+        while number < len(self._entries) and self._entries[number].round < before:
+            entry = self._entries[number]
+            self._of_round.pop(entry.round, None)
+            self._incarnation_of.pop((entry.round, entry.attempt), None)
+            number += 1
+        del self._entries[:number], self._most[:number], self._heads[:number]
+        self._forgotten += number
 
     def holds(self, length: int, head: str) -> bool:
         """Tell whether the first `length` lines have this chained hash."""
-        return length < len(self._heads) and self._heads[length] == head
+        place = length - self._forgotten
+        return 0 <= place < len(self._heads) and self._heads[place] == head
 
     def charge_under(self, incarnation: str) -> None:
         """Charge from now on under this process' own incarnation; the first new charge writes it to the ledger.
@@ -191,7 +210,9 @@ class Ledger:
         before = [entry.inputs for entry in self._events("arrival", round_index) if entry.attempt == attempt]
         if everybody and not before:
             return attempt
-        perhaps_released = set(before) != {label} if before else charged in self._entries[: self._read]
+        perhaps_released = (
+            set(before) != {label} if before else charged in self._entries[: max(0, self._read - self._forgotten)]
+        )
         if central_noise and perhaps_released:
             attempt = self.charge(
                 round_index=round_index,
@@ -227,12 +248,12 @@ class Ledger:
     @property
     def extensions(self) -> int:
         """How often the run was extended."""
-        return sum(entry.event == "extension" for entry in self._entries)
+        return self._numbers["extension"]
 
     @property
     def incomplete_rounds(self) -> list[int]:
         """Rounds in which not the whole cohort arrived, at some attempt."""
-        return sorted({entry.round for entry in self._entries if entry.event == "arrival"})
+        return sorted(self._incomplete)
 
     def charges(self, through: int | None = None) -> Charges:
         """Return what the most charged gateway was charged (the maximum over gateways, as shards are disjoint).
@@ -249,7 +270,7 @@ class Ledger:
     def _record_incarnation(self, round_index: int, level: str) -> None:
         wanted = self._wanted_incarnation
         if wanted is not None and wanted != self._incarnation:
-            number = 1 + sum(entry.event == "incarnation" for entry in self._entries)
+            number = 1 + self._numbers["incarnation"]
             self._append(
                 Entry(
                     event="incarnation",
@@ -267,7 +288,7 @@ class Ledger:
 
     def _append(self, entry: Entry) -> None:
         if self._path is not None:
-            if len(self._entries) == self._read:
+            if len(self) == self._read:
                 drop_torn_line(self._path)
             append_durably(self._path, entry.line(self.head).encode() + b"\n")
         self._remember(entry)
@@ -279,7 +300,11 @@ class Ledger:
         if entry.event == "charge":
             self._tally.add(entry.gateways, entry.steps)
             self._incarnation_of[entry.round, entry.attempt] = self._incarnation
-        elif entry.event == "incarnation":
+        elif entry.event == "arrival":
+            self._incomplete.add(entry.round)
+        else:
+            self._numbers[entry.event] += 1
+        if entry.event == "incarnation":
             self._incarnation = entry.inputs
         self._most.append(self._tally.most())
 

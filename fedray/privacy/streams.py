@@ -21,7 +21,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -204,7 +204,7 @@ class RoundKeys:
         incarnation: Of the process that charged the attempt, see `new_incarnation`; "" in a seeded run.
     """
 
-    round_key: bytes
+    round_key: bytes = field(repr=False)
     round_index: int
     attempt: int = 0
     incarnation: str = ""

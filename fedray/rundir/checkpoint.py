@@ -41,7 +41,7 @@ class Checkpoint:
     round: int
     generation: int = 0
     params: npt.NDArray[np.float32]
-    round_key: bytes | None
+    round_key: bytes | None = field(repr=False)
     card: Mapping[str, Any]
     server_state: Arrays = field(default_factory=dict)
 

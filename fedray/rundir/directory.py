@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from fedray.rundir.checkpoint import (
     write_checkpoint,
 )
 from fedray.rundir.files import as_json, bytes_of, removed_if_killed, replace, sealed, sync_directory, unsealed
+from fedray.rundir.identity import grouped
 from fedray.rundir.lock import locked
 
 _UNFINISHED = f".fedray-{socket.gethostname()}-"  # a process number follows; other machines may share the disk
@@ -66,7 +67,7 @@ class SavedState:
     """
 
     checkpoint: Checkpoint
-    setup_key: bytes
+    setup_key: bytes = field(repr=False)
     ledger: Ledger
     history: list[dict[str, Any]]
     finished: bool
@@ -107,10 +108,12 @@ class RunDirectory:
                     write_durably(building.path / name, b"")
                 (building.path / "checkpoint").mkdir()
                 write_durably(building.path / "checkpoint" / _SETUP_KEY, setup_key.hex().encode(), mode=0o600)
-                write_durably(building.path / "checkpoint" / _IDENTITY, sealed(identity))
+                write_durably(building.path / "checkpoint" / _IDENTITY, sealed(grouped(identity)))
                 write_durably(building.path / "checkpoint" / _LEDGER_HEAD, sealed(_length_and_head(Ledger(None))))
                 building._setup_commitment = commitment(setup_key)
                 building.save(state, Ledger(None))
+                for made in (building.path / "checkpoint", building.path):
+                    sync_directory(made)  # or a loss of power could leave the directory's name without its files
                 if path.exists():
                     path.rmdir()  # an empty directory that the user made
                 building.path.rename(path)
@@ -150,6 +153,10 @@ class RunDirectory:
         append_durably(self._metrics, line)
         self._metrics_hash.update(line)
         self._metrics_size += len(line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return all rounds' records."""
+        return [parse_json(line) for line in read_regular(self._metrics).splitlines()]
 
     def append_private(self, record: Mapping[str, Any]) -> None:
         """Append a line that only the orchestrator may know to private.jsonl (mode 0600), unless it is there."""
@@ -250,7 +257,8 @@ class RunDirectory:
             before = unsealed(read_regular(path))
         except (OSError, ValueError) as error:
             raise DamagedRunError(f"{path} is damaged ({error}); restore the file.") from error
-        return sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
+        old, new = grouped(before), grouped(identity)
+        return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file atomically."""

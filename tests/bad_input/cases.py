@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from fedray.commands.cli import main
+from tests.arguments import changed
 
 NOWHERE = ["--ray-address", "127.0.0.1:1"]  # whatever reached Ray would complain about this address instead
 
@@ -45,7 +46,7 @@ def check_refusal(
     if case.code:
         project(case.code)
     before = sorted(tmp_path.rglob("*"))
-    code = main([*NOWHERE, *case.argv.split()])
+    code = main(changed(NOWHERE, *case.argv.split()))
     seen = capsys.readouterr()
     assert code == 2, seen
     check_one_sentence(seen.err, case.words)

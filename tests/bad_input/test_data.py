@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.arguments import changed
 from tests.bad_input.cases import Case, check_one_sentence, check_refusal, indent, run_command
 from tests.zygote import python
 
@@ -16,7 +17,8 @@ def data(body: str, argv: str = "", *words: str) -> Case:
     good = "x = np.zeros((64, 5), np.float32); y = np.arange(64) % 4"
     code = f"import numpy as np, torch\ndef data(gateways):\n    {good}\n" + indent(body)
     code += "def model():\n    return torch.nn.Linear(5, 4)\n"
-    return Case(f"--dataset mine:data --gateways 4 --batch-size 8 {argv}", words, code)
+    base = ["--dataset", "mine:data", "--gateways", "4", "--batch-size", "8"]
+    return Case(" ".join(changed(base, *argv.split())), words, code)
 
 
 PAIR = "return (x, y), (x, y)"

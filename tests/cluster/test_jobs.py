@@ -216,7 +216,7 @@ def test_job_with_bad_input_exits_with_1_and_one_line(head: Head, work: Path) ->
     done = head.submit("bad", "--gateways", "0", cwd=work)
     assert done.returncode == 1
     log = head.logs("bad")
-    assert "error: --gateways is 0; it must be a whole number of at least 1." in log
+    assert "error: --gateways is 0; it must be a whole number of at least 1 and at most 10,000,000." in log
     assert "Traceback" not in log
 
 

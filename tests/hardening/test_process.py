@@ -63,7 +63,7 @@ def test_full_output_of_other_commands_is_one_sentence(command: list[str], tmp_p
 
 def _long_job(folder: Path, *before: str) -> subprocess.Popen[str]:
     """Start a run that takes minutes, and wait until it trains."""
-    job = [*before, *JOB, "--rounds", "100000", "--local-steps", "64"]
+    job = [*before, *(" ".join(JOB).replace("--rounds 3 --local-steps 2", "--rounds 100000 --local-steps 64").split())]
     process = subprocess.Popen(job, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not ((folder / "run" / "metrics.jsonl").exists() and (folder / "run" / "metrics.jsonl").stat().st_size):
