@@ -26,6 +26,7 @@ from fedray.pool.watch import Watch
 
 CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 120.0
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _SESSIONS = "fedray-ray-"  # a process number follows
 
 
@@ -119,11 +120,15 @@ def _connect(address: str | None) -> Connection:
     folder, options = None, dict[str, Any]()
     if address == "local":
         folder = _session_folder()
-        options = {"include_dashboard": False, "_temp_dir": str(folder), "_node_ip_address": "127.0.0.1"}
+        options = {"include_dashboard": False, "_temp_dir": str(folder / "r")}
     terminate = signal.getsignal(signal.SIGTERM)
     watch = Watch()
     try:
-        with warnings.catch_warnings(), _private_files(address == "local"), watch.within(START_TIMEOUT_S, "answer"):
+        with (
+            warnings.catch_warnings(),
+            _for_this_user_alone(ray, address == "local"),
+            watch.within(START_TIMEOUT_S, "answer"),
+        ):
             warnings.simplefilter("ignore", FutureWarning)  # some releases tell users what a later one will do
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -149,14 +154,27 @@ def _session_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _private_files(wanted: bool) -> Iterator[None]:
-    """Make files that Ray's processes create readable for their owner alone."""
-    before = os.umask(0o077) if wanted else None
+def _for_this_user_alone(ray: Any, local: bool) -> Iterator[None]:
+    """Let a local Ray listen on the loopback address alone, and make files that nobody else can read.
+
+    Ray does the first where it forms no clusters, by default on macOS and Windows; elsewhere it takes the machine's address,
+    whatever it is told.
+    """
+    if not local:
+        yield
+        return
+    constants, umask = ray._private.ray_constants, os.umask(0o077)
+    clusters, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    before = os.environ.get(_CLUSTERS)
+    os.environ[_CLUSTERS] = "0"  # for Ray's own processes
     try:
         yield
     finally:
+        os.umask(umask)
+        constants.ENABLE_RAY_CLUSTER = clusters
+        del os.environ[_CLUSTERS]
         if before is not None:
-            os.umask(before)
+            os.environ[_CLUSTERS] = before
 
 
 def _check_kind(address: str) -> None:

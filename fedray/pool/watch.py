@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 GRACE_S = 10.0
 """What a call gets beyond the time-out that is its own."""
-_LOOK_S = 0.5
+_LOOK_S = 0.25
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -42,9 +42,10 @@ class Watch:
     def __init__(self) -> None:
         self.remedy = ""
         self._due: _Due | None = None
-        self._processes: dict[str, int] = {}
+        self._handles: dict[int, str] = {}  # of processes, by pidfd
         self._over = threading.Event()
-        self._started = False
+        self._old: list[int] = []
+        self._thread: threading.Thread | None = None
 
     def processes(self, ray: Any) -> None:
         """Look at the raylet and the GCS of a local Ray from now on; those of a cluster are other machines' matter."""
@@ -52,7 +53,8 @@ class Watch:
         started = getattr(getattr(node, "_global_node", None), "all_processes", None) or {}
         for name in ("raylet", "gcs_server"):
             for info in started.get(name, []):
-                self._processes[name] = info.process.pid
+                with contextlib.suppress(OSError):  # dead already: Ray itself says so
+                    self._handles[os.pidfd_open(info.process.pid)] = name
 
     @contextlib.contextmanager
     def within(self, seconds: float, what: str) -> Iterator[None]:
@@ -62,9 +64,9 @@ class Watch:
             seconds: Beyond which `GRACE_S` is granted, so that time-outs of the call itself come first.
             what: Ray did not do, for the sentence: "train round 3".
         """
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._look, daemon=True, name="fedray watches Ray").start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, daemon=True, name="fedray watches Ray")
+            self._thread.start()
         before, self._due = self._due, _Due(time.monotonic() + seconds + GRACE_S, what)
         try:
             yield
@@ -73,31 +75,36 @@ class Watch:
 
     def close_processes(self) -> None:
         """Expect the raylet and the GCS to end from now on."""
-        self._processes = {}
+        handles, self._handles = self._handles, {}
+        self._old += handles
 
     def close(self) -> None:
         """Stop watching."""
         self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        for handle in [*self._old, *self._handles]:
+            os.close(handle)
+        self._old, self._handles = [], {}
 
     def _look(self) -> None:
-        while not self._over.wait(_LOOK_S):
+        while not self._over.is_set():
+            handles = dict(self._handles)
+            dead, _, _ = select.select(list(handles), [], [], _LOOK_S)  # at once when a process ends
             due = self._due
             if due is not None and time.monotonic() > due.at:
                 self._end(f"Ray did not {due.what} in time; a process of it may be stopped, or its machine overloaded.")
-            for name, pid in self._processes.items():
-                if _is_dead(pid) and not self._over.is_set():
-                    self._end(f"Ray's {name} died, and with it all actors; see its logs.")
+            for handle in dead:
+                if handle in self._handles:
+                    self._end(f"Ray's {handles[handle]} died, and with it all actors; see its logs.")
 
     def _end(self, sentence: str) -> None:
         """Say why, stop what is left of a local Ray, and leave: the main thread is out of reach."""
-        self._over.wait(_LOOK_S)  # who is just closing comes first
-        if self._over.is_set():
-            return
         with contextlib.suppress(OSError, ValueError):
             print(f"error: {sentence}{self.remedy}", file=sys.stderr, flush=True)
-        for pid in self._processes.values():
+        for handle in self._handles:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
         os._exit(1)
 
 
@@ -118,11 +125,3 @@ def watched(what: str, limit: Callable[[Any], float]) -> Callable[[Method], Meth
         return cast("Method", call)
 
     return with_deadline
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state in ("Z", "X")
