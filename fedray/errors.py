@@ -5,6 +5,10 @@ Every error survives pickling, because it may cross from an actor to the driver.
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 OUTPUT_FAILED = "standard output cannot be written ({}); use --quiet, or send it elsewhere."
 
 
@@ -65,3 +69,18 @@ class StopAskedError(FedrayError):
 
 class DamagedRunError(InputError):
     """A file of a run directory is missing, damaged or does not belong to it."""
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises in the driver into a UserCodeError.
+
+    Args:
+        what: Failed, for the message.
+    """
+    try:
+        yield
+    except (FedrayError, BrokenPipeError):  # the terminal is a callback, too, and nobody may read it any more
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", traceback.format_exc()) from error

@@ -20,6 +20,7 @@ from fedray.config.settings import RunConfig
 from fedray.config.user_code import code_digest
 from fedray.data import inputs
 from fedray.data.source import Federation
+from fedray.errors import user_code
 from fedray.models.layout import Layout
 from fedray.pool.pool import FailurePolicy, Pool
 from fedray.pool.worker import WorkerSetup, shard_mac
@@ -164,13 +165,27 @@ class Plan:
             released: `[W]`, the average upload, noised at the `gateway` level; may be overwritten.
             uploads: What it is the average of; for aggregators in stack form.
             state: Of the round before.
+
+        Raises:
+            UserCodeError: An aggregator, algorithm or server optimizer raised, or returned something else.
         """
-        if self.aggregator.form == "sum":
-            found = self.aggregator.combine(released[None], np.ones(1))
-        else:
-            found = combined(self.aggregator, uploads.rows, uploads.weights) if uploads.rows else released
         algorithm = self.training.algorithm
-        return algorithm.server(params, apart(algorithm, found), self.server_optimizer, state)
+        with user_code("aggregating the uploads failed"):
+            if self.aggregator.form == "sum":
+                found = self.aggregator.combine(released[None], np.ones(1))
+            else:
+                found = combined(self.aggregator, uploads.rows, uploads.weights) if uploads.rows else released
+            params_found, state_found = algorithm.server(params, apart(algorithm, found), self.server_optimizer, state)
+            if (
+                not isinstance(params_found, np.ndarray)
+                or params_found.dtype != np.float32
+                or params_found.shape != params.shape
+            ):
+                raise TypeError(f"the server's parameters must be an array {params.shape} of float32")
+            kept = {str(name): np.array(value) for name, value in state_found.items()}  # nobody changes it from outside
+            if any(value.dtype.kind not in "fiub" for value in kept.values()):
+                raise TypeError("the server's state must be arrays of numbers")
+        return params_found, kept
 
     def identity(self, lazy_shards: dict[int, str]) -> dict[str, str]:
         """Return what must be the same when the run is resumed: digests of public parts, MACs of private ones.

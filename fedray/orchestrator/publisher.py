@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from fedray.errors import FedrayError, StopAskedError, UserCodeError
+from fedray.errors import StopAskedError, user_code
 from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.evaluation import Evaluation
 from fedray.orchestrator.plan import Plan
@@ -136,18 +134,3 @@ class Publisher:
             "seconds": {**outcome.seconds, "evaluate": evaluate},
             "samples_per_s": cohort * spec.local_steps * spec.batch_size / outcome.seconds["total"],
         }
-
-
-@contextmanager
-def user_code(what: str) -> Iterator[None]:
-    """Turn whatever the user's code raises in the driver into a UserCodeError.
-
-    Args:
-        what: Failed, for the message.
-    """
-    try:
-        yield
-    except (FedrayError, BrokenPipeError):  # the terminal is a callback, too, and nobody may read it any more
-        raise
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", traceback.format_exc()) from error

@@ -19,12 +19,13 @@ from fedray.errors import (
     RunFailedError,
     RunInterruptedError,
     StopAskedError,
+    user_code,
 )
 from fedray.orchestrator.budget import EpsilonCurve
 from fedray.orchestrator.charged_rounds import ChargedRounds
 from fedray.orchestrator.panel import closing_sentences, panel_rows
 from fedray.orchestrator.preparing import UserParts
-from fedray.orchestrator.publisher import Publisher, user_code
+from fedray.orchestrator.publisher import Publisher
 from fedray.orchestrator.resuming import planned
 from fedray.orchestrator.session import Session
 from fedray.pool.pool import Pool

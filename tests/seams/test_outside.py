@@ -24,7 +24,7 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.commands.cli import main
 from fedray.config.seams import SEAMS, find
 from fedray.config.settings import GROUP_OF, GROUPS, SETTINGS
-from fedray.errors import InputError, RunInterruptedError
+from fedray.errors import InputError, RunInterruptedError, UserCodeError
 from fedray.orchestrator.plan import Plan
 from fedray.orchestrator.preparing import UserParts, prepare
 from fedray.privacy import accounting
@@ -316,3 +316,34 @@ def test_outside_implementations_run_together_on_ray(outdir: Path) -> None:
         found.append((outdir / pool / "model.safetensors").read_bytes())
         assert json.loads((outdir / pool / "config.json").read_text())["config"]["algorithm"] == "pull:0.5"
     assert found[0] == found[1]
+
+
+class _Bad:
+    def __init__(self, result: object) -> None:
+        self._result = result
+
+    def step(self, params: Any, update: Any, state: Any) -> Any:
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        ZeroDivisionError("no"),
+        (np.zeros(3, np.float32), {}),
+        (np.zeros(676), {}),
+        (None, {}),
+        (np.zeros(676, np.float32), {"state": np.array(["text"])}),
+        3,
+    ],
+    ids=["raises", "shape", "type", "none", "text", "number"],
+)
+def test_a_server_optimizer_that_fails_ends_the_run_in_a_sentence(result: object, tmp_path: Path) -> None:
+    orchestrator = Orchestrator(config=RunConfig().resolve(**SMALL, out=tmp_path / "run"))
+    orchestrator.plan = replace(orchestrator.plan, server_optimizer=_Bad(result))
+    with pytest.raises(UserCodeError, match="aggregating the uploads failed: "):
+        orchestrator.run()
+    resumed = Orchestrator(config=RunConfig().resolve(resume=tmp_path / "run")).run()
+    assert len(resumed.history) == 3
