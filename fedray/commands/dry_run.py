@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fedray.config.seams import users_code
 from fedray.config.settings import RunConfig
-from fedray.config.user_code import is_reference
 from fedray.errors import InputError
 from fedray.orchestrator.panel import privacy_rows
 from fedray.orchestrator.plan import Plan
@@ -83,12 +83,7 @@ def _stops(plan: Plan, charges: Charges) -> list[tuple[str, str]]:
 
 def _modules(config: RunConfig) -> list[str]:
     """Return the modules that hold the user's code."""
-    federation, training, privacy = config.federation, config.training, config.privacy
-    named = [
-        *(config.data.dataset, config.data.partition, training.task, training.model, privacy.clip, privacy.noise_shape),
-        *(federation.algorithm, federation.aggregator, federation.server_optimizer, *config.run.track.split(",")),
-    ]
-    names = [name for name in named if is_reference(name)]
+    names = [name for own in users_code(config.as_dict()).values() for name in own]
     return list(dict.fromkeys(name.partition(":")[0] for name in names))
 
 

@@ -13,7 +13,7 @@ class DataSettings:
     """Where records come from, and who holds which."""
 
     dataset: Annotated[str, text("toy, digits or module:function")] = "toy"
-    """toy, digits, or module:function; function(gateways) returns (train, test)."""
+    """toy, digits, or module:function; function(gateways) returns (train, test), or a class has a method load."""
     partition: Annotated[str, text("iid, dirichlet:ALPHA or module:name")] = "iid"
     """How one data set is split over gateways: iid, dirichlet:ALPHA (label skew; smaller ALPHA, more), or module:name."""
     samples_per_gateway: Records | None = None

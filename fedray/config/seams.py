@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,12 @@ def users_code(settings: Mapping[str, Any]) -> dict[str, list[str]]:
         values = (
             str(settings.get(setting) or "").split(",") if setting == "track" else [str(settings.get(setting) or "")]
         )
-        own = [v for v in values if is_reference(v) and (setting not in seams or not is_named(seams[setting], v))]
+        own = [
+            reference
+            for value in values
+            if (reference := reference_in(value)) is not None
+            and (setting not in seams or not is_named(seams[setting], value))
+        ]
         if own:
             found[setting] = own
     return found
@@ -107,17 +113,23 @@ def find(seam: str, value: str) -> Any:
 
     Args:
         seam: One of `SEAMS`.
-        value: NAME, NAME:ARGUMENT or module:name.
+        value: NAME, NAME:ARGUMENT, module:name or module:name:ARGUMENT.
 
     Raises:
         InputError: Nothing has that name, or it cannot be made.
     """
     name, colon, argument = value.partition(":")
-    known = SEAMS[seam]
+    given, known = [argument][: len(colon)], SEAMS[seam]
+    where = flag(known.setting)
     if name in known.own:
         module, _, attribute = known.own[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)(*[argument][: len(colon)])
-    where = flag(known.setting)
+        make = getattr(importlib.import_module(module), attribute)
+        if given and not inspect.signature(make).parameters:
+            raise InputError(
+                f"{where} is {value!r} but {name}, which is fedray's own, takes no argument; leave it out, or give a module of "
+                "yours another name."
+            )
+        return make(*given)
     offered = importlib.metadata.entry_points(group=f"fedray.{seam}")
     if name in offered.names:
         try:
@@ -127,11 +139,17 @@ def find(seam: str, value: str) -> Any:
                 f"{where} is {value!r}, of the package {_package(offered[name])}, which does not load "
                 f"({type(error).__name__}: {error}); mend or remove the package."
             ) from error
-        return _made(make, value, where, *[argument][: len(colon)])
-    if is_reference(value):
-        return _made(find_function(value, where), value, where)
+        return _made(make, value, where, *given)
+    if (reference := reference_in(value)) is not None:
+        return _made(find_function(reference, where), value, where, *value.split(":", 2)[2:])
     installed = f" (packages offer {', '.join(sorted(offered.names))})" if offered.names else ""
     raise InputError(f"{where} is {value!r}; it must be {SETTINGS[known.setting].words}{installed}.")
+
+
+def reference_in(value: str) -> str | None:
+    """Return the module:name of a value of that form, with or without :ARGUMENT; None for other values."""
+    reference = ":".join(value.split(":", 2)[:2])
+    return reference if is_reference(reference) else None
 
 
 def _made(make: Any, value: str, where: str, *arguments: str) -> Any:
@@ -160,6 +178,10 @@ def check_is(found: Any, kind: type, seam: str, value: object) -> None:
     Raises:
         InputError: Something is missing.
     """
+    if isinstance(found, type):
+        raise InputError(
+            f"{flag(SEAMS[seam].setting)} {value!r} is the class {found.__name__}; hand in what it makes: {found.__name__}()."
+        )
     if not isinstance(found, kind):
         asked = [name for name in dir(kind) if not name.startswith("_") and not hasattr(found, name)]
         lacks = f"; it has no {', '.join(asked)}" if asked else ""

@@ -100,7 +100,10 @@ def split(
             f"--gateways is {gateways} but the data has {len(targets)} training records; each gateway needs at least one."
         )
     try:
-        indices = [np.sort(np.asarray(own, np.int64).reshape(-1)) for own in partitioner.split(targets, gateways, rng)]
+        found = [np.asarray(own).reshape(-1) for own in partitioner.split(targets, gateways, rng)]
+        if any(len(own) and own.dtype.kind not in "iu" for own in found):
+            raise TypeError("its arrays must hold whole numbers, no masks and no floats")
+        indices = [np.sort(own.astype(np.int64)) for own in found]
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a user's rule may raise anything

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from fedray.config.seams import check_is, find, is_named
+from fedray.config.seams import check_is, find, is_named, reference_in
 from fedray.config.settings import RunConfig
-from fedray.config.user_code import call, find_function, is_reference
+from fedray.config.user_code import call, find_function
 from fedray.data.gateway import Gateway
 from fedray.data.inputs import Array, InputArrays
 from fedray.data.partition import Partitioner, split
 from fedray.data.shards import CutShards, Shards, as_arrays, is_several, load_pair
-from fedray.errors import GatewayError, InputError
+from fedray.errors import FedrayError, GatewayError, InputError
 from fedray.privacy.streams import numpy_generator
 from fedray.tasks.task import Task
 
@@ -227,12 +227,19 @@ def load(dataset: str, wanted: Wanted) -> Federation:
     Raises:
         InputError: It names nothing, or the data breaks a rule.
     """
-    users = not is_named("source", dataset) and is_reference(dataset)
-    function = find_function(dataset, "--dataset") if users else None
+    users = None if is_named("source", dataset) else reference_in(dataset)
+    function = None if users is None else find_function(users, "--dataset")
     plain = None if isinstance(function, type) else function
     source = find("source", dataset) if plain is None else FunctionSource(plain, dataset)
     check_is(source, Source, "source", dataset)
-    found = source.load(wanted)
+    try:
+        found = source.load(wanted)
+    except FedrayError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's source may raise anything
+        raise InputError(
+            f"--dataset {dataset} raised {type(error).__name__}: {error}; it must load without error."
+        ) from error
     if not isinstance(found, Federation):
         raise InputError(
             f"--dataset {dataset} loaded {type(found).__name__}; it must return wanted.cut(train, test), or wanted.take of "

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedray.data.partition import Dirichlet, Iid
+from fedray.data.shards import as_arrays
 from fedray.data.source import Federation, Wanted
 from fedray.errors import InputError
 from fedray.privacy.streams import numpy_generator
@@ -56,7 +57,8 @@ class Toy:
                 "dirichlet:ALPHA."
             )
         alpha = partitioner.alpha if isinstance(partitioner, Dirichlet) else None
-        records, test = wanted.samples_per_gateway or DEFAULT_RECORDS, held_out()
+        records = wanted.samples_per_gateway or DEFAULT_RECORDS
+        test = as_arrays(held_out(), "--dataset toy: test", wanted.task)
         if records > _MOST_RECORDS:
             raise InputError(
                 f"--samples-per-gateway is {records} with --dataset toy; it must be at most {_MOST_RECORDS:,}."

@@ -85,6 +85,7 @@ def check(model: nn.Module, x: Inputs, y: torch.Tensor, task: Task) -> tuple[int
     for record, single in enumerate(alone):
         _refuse_coupled_outputs(together, single, record)
     task.check_outputs(outputs, y)
+    _check_metrics(outputs, y, task)
     if not isinstance(task, Classification):
         _check_losses(outputs, y, task.losses)
     return tuple(outputs.shape[1:])
@@ -182,6 +183,19 @@ def _refuse_coupled_outputs(
                 f"--model: the output of {name} for a record depends on the other records of its batch; per-record privacy "
                 "needs independent records: replace it, or try --fix-model."
             )
+
+
+def _check_metrics(outputs: torch.Tensor, y: torch.Tensor, task: Task) -> None:
+    """Try the task's metrics now rather than after the first round."""
+    try:
+        for metric in task.metrics:
+            value = metric.value(metric.state(outputs, y).double(), len(y))
+            if not isinstance(metric.name, str) or not isinstance(value, int | float):
+                raise TypeError(f"{metric.name!r} gave {type(value).__name__}; a metric has a name and gives a number")
+    except (Exception, SystemExit) as error:  # the user's metrics may raise anything
+        raise InputError(
+            f"--task: its metrics raised {type(error).__name__} on a few records: {error}; see fedray.tasks.task.Metric."
+        ) from error
 
 
 def _check_losses(outputs: torch.Tensor, y: torch.Tensor, loss: Loss) -> None:

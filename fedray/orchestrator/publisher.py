@@ -115,7 +115,10 @@ class Publisher:
         done = RoundDone(record=record, rounds=self._plan.config.federation.rounds, params=params)
         with user_code(f"a callback failed after round {outcome.round}"):
             for callback in self._callbacks:
-                self._asked_to_stop = callback.on_round(done) or self._asked_to_stop
+                reason = callback.on_round(done)
+                if reason is not None and not isinstance(reason, str):
+                    raise TypeError(f"on_round returned {reason!r}; it must return a sentence to stop the run, or None")
+                self._asked_to_stop = reason or self._asked_to_stop
 
     def _record(self, outcome: Outcome, checkpoint: Checkpoint, charges: Charges) -> dict[str, Any]:
         """Return a round's line of metrics.jsonl."""

@@ -91,6 +91,10 @@ class Orchestrator:
             config = config.resolve(gateways=len(gateways))
         if loss is not None and task is not None:
             raise InputError("loss and task are both given; a task has a loss: give one of them.")
+        if task is not None:
+            check_is(task, Task, "task", type(task).__name__)
+        if not isinstance(callbacks, Sequence):
+            raise InputError(f"callbacks is {type(callbacks).__name__}; it must be a list of callbacks.")
         for callback in callbacks:
             check_is(callback, Callback, "callback", type(callback).__name__)
         self._stack = ExitStack()  # holds the lock of a resumed directory until the run ends

@@ -18,6 +18,12 @@ from fedray.reports.callback import End, RoundDone, Start
 _SHOWN_ROUNDS = 20  # rows of the live table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line deal with it; rich would leave the process."""
+        raise BrokenPipeError
+
+
 class Terminal:
     """Shows a run on standard output: live on a terminal, plain lines elsewhere.
 
@@ -27,7 +33,7 @@ class Terminal:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._console = _Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._live: Live | None = None
         self._records: list[Mapping[str, Any]] = []
 

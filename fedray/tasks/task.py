@@ -59,7 +59,7 @@ class Task(Protocol):
         ...
 
     def check_targets(self, y: Array, where: str) -> Array:
-        """Return targets `[N, …]` in the type that `losses` is given: whole numbers as int64, others as float32.
+        """Return targets `[N, …]` as `losses` wants them, int64 or float32; by default whole numbers are int64, others float32.
 
         Args:
             y: Numbers.

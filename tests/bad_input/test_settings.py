@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedray.commands.cli import main
+from fedray.config.settings import SETTINGS
 from tests.bad_input.cases import NOWHERE, Case, check_one_sentence, check_refusal, run_command
 
 FLAGS = {
@@ -51,7 +52,7 @@ FLAGS = {
     "zero_alpha": Case("--partition dirichlet:0", ("--partition is 'dirichlet:0'", "ALPHA > 0")),
     "text_alpha": Case("--partition dirichlet:x", ("--partition is 'dirichlet:x'", "ALPHA > 0")),
     "missing_alpha": Case("--partition dirichlet", ("--partition is 'dirichlet'", "ALPHA > 0")),
-    "unknown_dataset": Case("--dataset mnist", ("--dataset is 'mnist'", "toy, digits or module:function")),
+    "unknown_dataset": Case("--dataset mnist", ("--dataset is 'mnist'", SETTINGS["dataset"].words)),
     "unknown_model": Case("--model resnet", ("--model is 'resnet'", "mlp, cnn or module:function")),
     "target_with_sigma": Case(
         "--target-epsilon 3 --noise-multiplier 1", ("--target-epsilon 3", "--noise-multiplier 1", "exclude each other")
