@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,23 +63,42 @@ def test_full_output_of_other_commands_is_one_sentence(command: list[str], tmp_p
     assert done.stderr.count("\n") == 1
 
 
-def _long_job(folder: Path, *before: str) -> subprocess.Popen[str]:
-    """Start a run that takes minutes, and wait until it trains."""
+def _usual_signals() -> None:
+    # A shell that starts the tests in the background, or nohup, has signals ignored, and children inherit that.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+
+
+@contextmanager
+def _long_job(folder: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a run that takes minutes, wait until it trains, and stop it in the end."""
     job = [*before, *(" ".join(JOB).replace("--rounds 3 --local-steps 2", "--rounds 100000 --local-steps 64").split())]
-    process = subprocess.Popen(job, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((folder / "run" / "metrics.jsonl").exists() and (folder / "run" / "metrics.jsonl").stat().st_size):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
+    process = subprocess.Popen(
+        job,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_usual_signals,  # noqa: PLW1509 - the function only resets signals
+    )
+    try:
+        deadline = time.monotonic() + 120
+        metrics = folder / "run" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_interrupts_the_run_and_names_the_remedy(name: str, tmp_path: Path) -> None:
-    process = _long_job(tmp_path)
-    process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=60)
+    with _long_job(tmp_path) as process:
+        process.send_signal(getattr(signal, name))
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.startswith(
         "error: interrupted; the round under way was abandoned. Go on with: python -m fedray --resume "
@@ -86,11 +107,11 @@ def test_a_signal_interrupts_the_run_and_names_the_remedy(name: str, tmp_path: P
 
 
 def test_three_quick_interrupts_exit_with_130(tmp_path: Path) -> None:
-    process = _long_job(tmp_path)
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.002)
-    _, said = process.communicate(timeout=60)
+    with _long_job(tmp_path) as process:
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said
     done = _run([sys.executable, "-m", "fedray", "--dry-run", "--resume", "run"], tmp_path)
@@ -98,12 +119,10 @@ def test_three_quick_interrupts_exit_with_130(tmp_path: Path) -> None:
 
 
 def test_nohup_keeps_a_run_going(tmp_path: Path) -> None:
-    process = _long_job(tmp_path, "nohup")
-    process.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    with _long_job(tmp_path, "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
 
 
 @pytest.mark.parametrize("name", ["numpy.py", "torch.py", "json.py", "tyro.py", "ray.py"])
