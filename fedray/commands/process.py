@@ -60,7 +60,8 @@ def mend_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # one that is in use otherwise stays as it is
+                stream.reconfigure(errors="backslashreplace")
 
 
 def flush_output() -> OSError | None:
