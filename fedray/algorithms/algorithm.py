@@ -78,28 +78,29 @@ class LocalRule:
     def __init__(self, algorithm: Algorithm, gateways: int, sent: torch.Tensor) -> None:
         own = type(algorithm).__module__.startswith("fedray.")
         self._algorithms = [algorithm] if own else [copy.deepcopy(algorithm) for _ in range(gateways)]
-        self._sent = sent
+        self._sent = [sent] if own else [sent.clone() for _ in range(gateways)]  # one may be changed by whoever gets it
         self.changes_gradients = not getattr(algorithm.local_gradient, "changes_nothing", False)
 
     def gradient(self, gradient: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """Return the gradients for the local optimizer `[G, P]`, see `Algorithm.local_gradient`."""
         calls = self._rows(gradient, params)
-        return _stacked([one.local_gradient(*rows, self._sent) for one, *rows in calls], gradient.shape)
+        return _stacked([one.local_gradient(*rows, sent) for one, sent, *rows in calls], gradient.shape)
 
     def uploads(self, params: torch.Tensor) -> torch.Tensor:
         """Return what gateways upload, side by side: `[G, W]`, W = P · uploads."""
         found = []
-        for one, rows in self._rows(params):
-            uploads = one.after_local(rows, self._sent)
+        for one, sent, rows in self._rows(params):
+            uploads = one.after_local(rows, sent)
             parts = [_stacked([uploads[name]], rows.shape) for name in one.uploads]
             found.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _rows(self, *stacks: torch.Tensor) -> list[tuple[Any, ...]]:
-        """Return each algorithm with the rows that it sees."""
-        if len(self._algorithms) == 1:
-            return [(self._algorithms[0], *stacks)]
-        return [(one, *(stack[i : i + 1] for stack in stacks)) for i, one in enumerate(self._algorithms)]
+        """Return each algorithm with what was sent and the rows that it sees."""
+        both = list(zip(self._algorithms, self._sent, strict=True))
+        if len(both) == 1:
+            return [(*both[0], *stacks)]
+        return [(*pair, *(stack[i : i + 1] for stack in stacks)) for i, pair in enumerate(both)]
 
 
 def _stacked(parts: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:

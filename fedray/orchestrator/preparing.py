@@ -26,7 +26,7 @@ from fedray.privacy import accounting
 from fedray.privacy.accounting import Charges
 from fedray.privacy.clipping import check_clipping
 from fedray.privacy.levels import level_of
-from fedray.privacy.shapes import Clipping, NoiseShape, check_shape
+from fedray.privacy.shapes import Clipping, NoiseShape, held_shape
 from fedray.privacy.spec import PrivacySpec
 from fedray.privacy.streams import first_round_key, forked_global_rng, new_root_key, setup_key, torch_seed
 from fedray.tasks.task import Task
@@ -82,9 +82,8 @@ def prepare(
         )
     model, rules = _model(config, parts, federation, task, key)
     clipping = seam("clipping", config.privacy.clip, Clipping)
-    shape = seam("noise_shape", config.privacy.noise_shape, NoiseShape)
+    shape = held_shape(seam("noise_shape", config.privacy.noise_shape, NoiseShape), config.privacy.noise_shape)
     check_clipping(clipping, config.privacy.clip)
-    check_shape(shape, config.privacy.noise_shape)
     spec = config.spec(federation.nominal_records, clipping, shape)
     spec = _calibrated(spec, config, noise_multiplier)
     aggregator = seam("aggregator", config.federation.aggregator, Aggregator)

@@ -87,8 +87,25 @@ def noise_scale(shape: NoiseShape, round_index: int, step: int) -> float:
     return max(scale, shape.least) if math.isfinite(scale) else shape.least
 
 
-def check_shape(shape: NoiseShape, name: str) -> None:
-    """Check that the least scale is a positive number.
+@dataclass(frozen=True)
+class HeldShape:
+    """A shape whose least scale is held: the accountant and the noise read the same, whatever the shape says later.
+
+    Args:
+        least: As it was when the run was planned.
+        shape: Gives the scales.
+    """
+
+    least: float
+    shape: NoiseShape
+
+    def scale(self, round_index: int, step: int) -> float:
+        """Return the shape's scale."""
+        return self.shape.scale(round_index, step)
+
+
+def held_shape(shape: NoiseShape, name: str) -> NoiseShape:
+    """Return a shape with its least scale held, which must be a positive number.
 
     Args:
         shape: To check.
@@ -100,3 +117,4 @@ def check_shape(shape: NoiseShape, name: str) -> None:
     least = shape.least
     if isinstance(least, bool) or not isinstance(least, int | float) or not 1e-3 <= least <= 1e6:
         raise InputError(f"--noise-shape {name}: least is {least!r}; it must be a number between 0.001 and 1e6.")
+    return shape if isinstance(shape, IndependentNoise) else HeldShape(float(least), shape)

@@ -15,7 +15,7 @@ from fedray.privacy import accounting, mechanism
 from fedray.privacy.accounting import Charges
 from fedray.privacy.clipping import check_clipping, clip_factors, clip_rows
 from fedray.privacy.noise import LocalNoise
-from fedray.privacy.shapes import FixedClipping, IndependentNoise, NoiseShape, check_shape
+from fedray.privacy.shapes import FixedClipping, IndependentNoise, NoiseShape, held_shape
 from tests.privacy import checks
 from tests.privacy.worlds import keys_of, spec_of
 
@@ -113,6 +113,24 @@ def test_epsilon_follows_from_the_least_noise(level: str) -> None:
 
 
 @pytest.mark.parametrize("least", [0.0, -1.0, math.nan, math.inf, True, "1"])
-def test_check_shape_refuses_a_least_scale_that_is_none(least: object) -> None:
+def test_held_shape_refuses_a_least_scale_that_is_none(least: object) -> None:
     with pytest.raises(InputError, match="--noise-shape mine: least is"):
-        check_shape(_Scaled(least, 1.0), "mine")  # type: ignore[arg-type]  # that is the point
+        held_shape(_Scaled(least, 1.0), "mine")  # type: ignore[arg-type]  # that is the point
+
+
+def test_held_shape_charges_what_is_added_even_by_a_shape_that_changes() -> None:
+    class Shrinks:
+        asked = 0
+
+        @property
+        def least(self) -> float:
+            self.asked += 1
+            return 1.0 / self.asked
+
+        def scale(self, round_index: int, step: int) -> float:
+            return 0.0
+
+    spec = spec_of("sample", noise_shape=held_shape(Shrinks(), "mine"))
+    out = np.empty((1, 40_000), np.float32)
+    LocalNoise(spec, keys_of(1), [0]).fill(0, out)
+    checks.check_noise_law(out, spec.charged_multiplier * spec.clip_norm)

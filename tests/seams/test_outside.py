@@ -115,6 +115,7 @@ class _Greedy(FedAvg):
 
     def local_gradient(self, gradient: torch.Tensor, params: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
         self.seen.append(gradient)
+        sent += gradient[0]
         return gradient.mean(0, keepdim=True) + sum(self.seen[:-1], torch.zeros(1, 1))
 
 
